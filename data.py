@@ -1,0 +1,661 @@
+"""Images in: where they come from, in which order they are read, and the codes that a tokenizer makes of them once.
+
+    python data.py                              # gets the data (Fashion-MNIST where it can be had) and says what it is
+    python data.py --data shapes --preview shapes.png
+    python data.py --data photos/ --image_size 256 --bench --workers 8
+
+Three kinds of data, one interface (`open_dataset`): `fashion`, Fashion-MNIST's idx files; `shapes`, drawn on the fly,
+needs nothing; and any folder of images, with `train/` and `val/` inside or not. `batches` turns one into an endless
+stream whose order is a pure function of (seed, step): not of the worker processes, the ranks or where a run was resumed.
+`token_cache` is what generators train on.
+
+Letters: B batch, H W pixels, n images of a dataset, L codes of an image. Images are uint8 [3, H, W] here, inside a
+dataset, and float32 [B, 3, H, W] in [0, 1] for everyone else. Labels are int64.
+"""
+import colorsys
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, get_worker_info
+from tqdm import tqdm
+
+from trainer import ArgumentParser, BadInput, launch, write_atomically
+
+
+@functools.cache
+def say(line):
+    """Print a line once, however often a dataset is opened, and from the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+class Images:
+    """What every dataset has. A subclass sets the fields and writes `get`."""
+    name = where = split = fingerprint = ""     # fingerprint: a hash that changes when the images or their order do
+    classes: list[str]
+    labels: np.ndarray              # int64 [n]
+    border = 0                      # pixels on each side that are padding and not picture: scores leave them out
+    photographs = True              # False: drawn
+    augment = False                 # True: `get` draws random views
+    in_memory = False               # True: a worker process would only slow it down
+    unreadable: dict[int, str]      # index -> reason, for the files that were skipped
+
+    def __len__(self):
+        return len(self.labels)
+
+    def get(self, index, rng=None):
+        """Image `index`, uint8 [3, H, W]: one fixed view, or a random one drawn with `rng` where the data allows it."""
+        raise NotImplementedError
+
+    def get_many(self, indices, rngs):
+        return np.stack([self.get(index, rng) for index, rng in zip(indices, rngs)])   # [B, 3, H, W]
+
+
+def hash_of(*parts):
+    """16 hex digits from anything printable, and from bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fashion-MNIST: 60,000 + 10,000 photographs of clothes, 28x28, grey (Xiao et al., 2017; MIT licence)
+
+FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_FOLDER = Path(__file__).resolve().parent / "data" / "fashion-mnist"
+FASHION_PLACES = [FASHION_FOLDER, Path("/usr/share/datasets/fashion-mnist")]    # the second is Debian's
+# SHA-256 of the uncompressed files. The MD5 sums that are published hold for one .gz each; mirrors compress anew.
+FASHION_SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"}
+
+
+class Fashion(Images):
+    """Fashion-MNIST. At image_size 32 the 28x28 picture gets a border of 2 black pixels, at any other it is resized.
+    No augmentation: its shoes all point to the left, and a flipped one is not in the data."""
+    name, in_memory = "fashion", True
+    classes = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+    def __init__(self, folder, split, image_size):
+        self.where, self.split, self.image_size = str(folder), split, image_size
+        self.border, self.unreadable = (2 if image_size == 32 else 0), {}
+        part = {"train": "train", "val": "t10k"}[split]
+        self.pixels = read_idx(folder, f"{part}-images-idx3-ubyte", 3)                        # uint8 [n, 28, 28]
+        self.labels = read_idx(folder, f"{part}-labels-idx1-ubyte", 1).astype(np.int64)       # [n]
+        if len(self.pixels) != len(self.labels) or not len(self.labels) or self.labels.max() > 9:
+            raise BadInput(f"{folder}: {len(self.pixels)} images, {len(self.labels)} labels of {split} do not belong "
+                           f"together. Delete the folder and run python data.py")
+        self.fingerprint = hash_of("fashion", split, image_size, self.pixels.tobytes(), self.labels.tobytes())
+
+    def get(self, index, rng=None):
+        return self.get_many([index], [rng])[0]
+
+    def get_many(self, indices, rngs):
+        images = torch.from_numpy(self.pixels[np.asarray(indices)])[:, None]                  # [B, 1, 28, 28]
+        if self.border:
+            images = F.pad(images, [self.border] * 4)
+        elif images.shape[-1] != self.image_size:
+            images = F.interpolate(images.float(), (self.image_size,) * 2, mode="bicubic", antialias=True)
+            images = images.round().clamp(0, 255).byte()
+        return images.expand(-1, 3, -1, -1).contiguous().numpy()                              # [B, 3, H, W]
+
+
+def read_idx(folder, name, dimensions):
+    """An idx file (two zero bytes, type 8 = uint8, number of dimensions, each as big-endian int32, values), .gz or not."""
+    path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
+    try:
+        content = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        if content[:4] != bytes([0, 0, 8, dimensions]):
+            raise ValueError("not an idx file")
+        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise BadInput(f"{path}: cannot be read ({error}). Delete it and run python data.py") from error
+
+
+def has_fashion(folder):
+    return all((folder / name).exists() or (folder / f"{name}.gz").exists() for name in FASHION_SHA256)
+
+
+def find_fashion():
+    """(folder, what was tried): on disk, else downloaded, else Debian's package; the folder is None if all fail."""
+    tried = []
+    for folder in FASHION_PLACES:
+        if has_fashion(folder):
+            return folder, tried
+        tried.append(f"{folder} (no idx files)")
+    for fetch in (fetch_fashion, install_fashion):
+        try:
+            return fetch(), tried
+        except BadInput as error:
+            tried.append(str(error).rstrip("."))
+    return None, tried
+
+
+def fetch_fashion(folder=None, url=FASHION_URL, timeout=4):
+    """Download the four files that `folder` lacks and return it. A file appears there only after its content has the
+    right checksum, and under a temporary name until it is complete. BadInput: no connection, truncated, wrong checksum."""
+    folder = Path(folder or FASHION_FOLDER)
+    for name, sha256 in FASHION_SHA256.items():
+        path, source = folder / f"{name}.gz", f"{url.rstrip('/')}/{name}.gz"
+        if path.exists() and checksum_fault(path.read_bytes(), sha256) is None:
+            continue
+        try:
+            with urllib.request.urlopen(source, timeout=timeout) as answer:
+                length = int(answer.headers.get("Content-Length") or 0)
+                with tqdm(desc=path.name, total=length or None, unit="B", unit_scale=True, disable=None) as bar:
+                    pieces = []
+                    while piece := answer.read(1 << 16):
+                        pieces.append(piece)
+                        bar.update(len(piece))
+        except (OSError, ValueError, urllib.error.URLError) as error:
+            raise BadInput(f"{source}: cannot be downloaded ({getattr(error, 'reason', error)})") from error
+        content = b"".join(pieces)
+        fault = "truncated" if len(content) < length else checksum_fault(content, sha256)
+        if fault:
+            raise BadInput(f"{source}: {fault}; not kept. Try again later")
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return folder
+
+
+def checksum_fault(compressed, sha256):
+    """None, or what is wrong with the bytes of a .gz file."""
+    try:
+        return None if hashlib.sha256(gzip.decompress(compressed)).hexdigest() == sha256 else "wrong checksum"
+    except EOFError:
+        return "truncated"
+    except (OSError, zlib.error):
+        return "not a gzip file"
+
+
+def install_fashion():
+    """As root on Debian: apt-get install dataset-fashion-mnist. Returns its folder."""
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        raise BadInput("Debian's package dataset-fashion-mnist (needs apt-get and root)")
+    say("Fashion-MNIST: apt-get install dataset-fashion-mnist")
+    apt = ["apt-get", "-qq", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=5", "-o", "DPkg::Lock::Timeout=120"]
+    for command in (["update"], ["install", "-y", "--no-install-recommends", "dataset-fashion-mnist"]):
+        try:
+            subprocess.run(apt + command, timeout=240, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+        except (OSError, subprocess.TimeoutExpired):
+            break
+    if not has_fashion(FASHION_PLACES[-1]):
+        raise BadInput("apt-get install dataset-fashion-mnist (failed)")
+    return FASHION_PLACES[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes: drawn from signed distances, so that edges are smooth at any size and nothing but numpy is needed
+
+def half_plane(u, v, degrees, offset):
+    angle = np.deg2rad(degrees)
+    return u * np.cos(angle) + v * np.sin(angle) - offset
+
+
+def box(u, v, width, height):
+    return np.maximum(np.abs(u) - width, np.abs(v) - height)
+
+
+def bands(u, width):
+    """Negative in every second band of this width."""
+    return np.abs((u / (2 * width)) % 1 - 0.5) * (2 * width) - width / 2
+
+
+def star(u, v):
+    angle = np.abs((np.arctan2(u, -v) / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * (2 * np.pi / 5)     # from the nearest tip
+    radius, inner = np.hypot(u, v), 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])     # tip at (1, 0)
+    return half_plane(radius * np.cos(angle) - 1, radius * np.sin(angle), np.rad2deg(np.arctan2(1 - inner[0], inner[1])), 0)
+
+
+def checker(u, v):
+    a, b = (bands(w.clip(-0.75, 0.75) + 0.25, 0.5) for w in (u, v))      # clipped: no further cell beyond the square
+    return np.maximum(np.maximum(np.minimum(a, b), -np.maximum(a, b)), box(u, v, 1, 1))     # a xor b, inside a square
+
+
+def heart(u, v):        # a square on its corner with a half disc on each upper side
+    side, lobe = 0.55, 0.55 / np.sqrt(2)
+    v = v - 0.1
+    square = np.maximum(np.abs(u + v), np.abs(u - v)) / np.sqrt(2) - side
+    return np.minimum(square, np.hypot(np.abs(u) - lobe, v + lobe) - side)
+
+
+# Signed distance to the edge, negative inside, in units of the shape's radius; u points right, v down.
+SHAPES = {
+    "circle": lambda u, v: np.hypot(u, v) - 0.85,
+    "square": lambda u, v: box(u, v, 0.8, 0.8),
+    "triangle": lambda u, v: functools.reduce(np.maximum, [half_plane(u, v - 0.2, a, 0.55) for a in (90, 210, 330)]),
+    "star": star,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.2,
+    "cross": lambda u, v: np.minimum(box(u, v, 0.95, 0.3), box(u, v, 0.3, 0.95)),
+    "stripes": lambda u, v: np.maximum(bands(v + 0.4, 0.4), box(u, v, 0.9, 1)),
+    "checker": checker,
+    "heart": heart,
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.75 - np.hypot(u - 0.5, v + 0.1)),
+}
+
+
+class Shapes(Images):
+    """Ten classes of coloured shapes; image `index` is a pure function of (split, index). No augmentation: there are
+    as many as one likes."""
+    name, where, photographs, classes = "shapes", "drawn on the fly", False, list(SHAPES)
+
+    def __init__(self, split, image_size):
+        self.split, self.image_size, self.unreadable = split, image_size, {}
+        self.labels = np.arange({"train": 10_000, "val": 2_000}[split]) % len(SHAPES)
+        centres = (np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size) - 1
+        self.x, self.y = centres[None, :], centres[:, None]          # [1, W], [H, 1] in -1 .. 1
+        self.in_memory, self.drawn = image_size <= 64, {}      # small ones are drawn once and kept: index -> image
+        self.fingerprint = hash_of("shapes", split, image_size, *(self.get(i).tobytes() for i in range(20)))
+
+    def get(self, index, rng=None):
+        if not self.in_memory:
+            return self.draw(index)
+        if index not in self.drawn:
+            self.drawn[index] = self.draw(index)
+        return self.drawn[index]
+
+    def draw(self, index):
+        rng = np.random.default_rng([{"train": 0, "val": 1}[self.split], index])
+        radius, angle = rng.uniform(0.45, 0.75), rng.uniform(-0.6, 0.6)
+        room = 0.95 - radius * 0.95
+        x, y = self.x - rng.uniform(-room, room), self.y - rng.uniform(-room, room)
+        u = (x * np.cos(angle) + y * np.sin(angle)) / radius                                 # [H, W]
+        v = (y * np.cos(angle) - x * np.sin(angle)) / radius                                 # [H, W]
+        distance = SHAPES[self.classes[self.labels[index]]](u, v) * (radius * self.image_size / 2)    # in pixels
+
+        hue, dark = rng.uniform(), rng.uniform() < 0.5             # a light shape on a dark ground, or the reverse
+        ground = colorsys.hsv_to_rgb(hue, rng.uniform(0.15, 0.55), *rng.uniform(*((0.15, 0.4) if dark else (0.75, 1)), 1))
+        paint = colorsys.hsv_to_rgb((hue + rng.uniform(0.2, 0.8)) % 1, rng.uniform(0.6, 1),
+                                    *rng.uniform(*((0.8, 1) if dark else (0.35, 0.7)), 1))
+        slope = rng.uniform(-0.15, 0.15, 2)
+        light = 1 + slope[0] * self.x + slope[1] * self.y                                    # [H, W]
+        shadow = 1 - 0.35 * np.exp(np.maximum(distance, 0) * (-16 / self.image_size))        # darker near the shape
+        inside = np.clip(0.5 - distance, 0, 1)                                               # share of the pixel covered
+        image = (np.multiply.outer(ground, light * shadow * (1 - inside))
+                 + np.multiply.outer(paint, (2 - light) * inside))                           # [3, H, W]
+        return (image * 255).clip(0, 255).round().astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any folder of images
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+HELD_OUT = 0.05         # share of the images that become `val` where the folder has none
+UNREADABLE = 0.01       # a larger share of broken files means that something else is wrong
+
+
+class Folder(Images):
+    """`train/<class>/*` and `val/<class>/*`, or `<class>/*`, or bare images (one class). The last two are split by a
+    hash of each file's name, so that a file stays in its split when others come or go. A file that cannot be read is
+    named once, and the next readable one of its class takes its place: which one depends on the files alone."""
+
+    def __init__(self, folder, split, image_size, augment):
+        self.name = self.where = str(folder)
+        self.split, self.image_size, self.augment, self.unreadable = split, image_size, augment, {}
+        folder = Path(folder)
+        parts = {path.name for path in folder.iterdir() if path.is_dir()}
+        if {"train", "val"} <= parts:
+            self.root, self.classes, files = folder / split, list_images(folder / "train")[0], list_images(folder / split)[1]
+            strange = sorted({name for name, *_ in files} - set(self.classes))
+            if strange:
+                raise BadInput(f"{self.root / strange[0]}: a class that {folder / 'train'} does not have. Add it there too")
+        elif parts & {"train", "val"} and parts <= {"train", "val", "valid", "validation", "test"}:
+            raise BadInput(f"{folder}: needs both train/ and val/, and has {', '.join(sorted(parts))}. Rename what there "
+                           f"is, or give one folder of classes, of which 5 % are held out")
+        else:
+            self.root, (self.classes, files) = folder, list_images(folder)
+            files, everything = split_by_hash(files, split), len(files)
+            say(f"{folder}: no train/ and val/ inside; by a hash of their names, {HELD_OUT:.0%} of the {everything:,} "
+                f"images are held out as val")
+        if not files:
+            raise BadInput(f"{self.root}: no images. Endings that count: {' '.join(ENDINGS)}")
+        self.files = [file for _, file, *_ in files]                        # relative to root, sorted by class and name
+        self.labels = np.array([self.classes.index(name) for name, *_ in files], dtype=np.int64)
+        self.fingerprint = hash_of("folder", split, image_size, files)      # names, sizes and times of change
+
+    def get(self, index, rng=None):
+        same_class = np.flatnonzero(self.labels == self.labels[index]) if index in self.unreadable else [index]
+        first = int(np.searchsorted(same_class, index))
+        for other in map(int, np.roll(same_class, -first)):
+            if other in self.unreadable:
+                continue
+            try:
+                image = decode(self.root / self.files[other], self.image_size)
+                return square(image, self.image_size, rng if self.augment else None)
+            except Exception as error:          # noqa: BLE001  Pillow raises a dozen kinds for broken files
+                self.skip(other, f"{type(error).__name__}: {error}")
+                return self.get(index, rng)
+        raise BadInput(f"{self.root}: no readable image of class {self.classes[self.labels[index]]}")
+
+    def skip(self, index, reason):
+        """Name and count a broken file. A worker process only notes it; `read` hands the note to the first process."""
+        if index in self.unreadable:
+            return
+        self.unreadable[index] = reason
+        if get_worker_info() is None:
+            count = len(self.unreadable)
+            say(f"{self.root / self.files[index]}: skipped, cannot be read ({reason.splitlines()[0]}); "
+                f"{count} of {len(self):,} so far")
+            if count > UNREADABLE * len(self):
+                raise BadInput(f"{self.root}: {count} of {len(self):,} files cannot be read, more than {UNREADABLE:.0%}. "
+                               f"Mend or remove {self.files[index]} and the ones named above")
+
+
+def list_images(folder):
+    """(classes, [(class, relative name, size, time of change)]), both sorted. No class folders: the one class `images`."""
+    found, loose = [], []
+    for top in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if top.is_dir():
+            inside = [Path(root) / name for root, _, names in os.walk(top) for name in names]
+        else:
+            inside = [top]
+        for path in sorted(inside):
+            if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
+                stat, name = path.stat(), path.relative_to(folder).as_posix()
+                (found if top.is_dir() else loose).append((top.name, name, stat.st_size, stat.st_mtime_ns))
+    if found and loose:
+        say(f"{folder}: {len(loose):,} images that lie beside the class folders are left out")
+    found = found or [("images", *rest) for _, *rest in loose]
+    return sorted({name for name, *_ in found}), found
+
+
+def split_by_hash(files, split):
+    share = {file: zlib.crc32(file[1].encode()) / 2 ** 32 for file in files}
+    held_out = [file for file in files if share[file] < HELD_OUT] or sorted(files, key=share.get)[:1]
+    rest = [file for file in files if file not in set(held_out)] or held_out        # one image only: it is in both
+    return {"train": rest, "val": held_out}[split]
+
+
+def decode(path, image_size):
+    """Any file that Pillow opens -> an RGB image as the photographer saw it. Raises many kinds of exceptions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)      # a picture of 90 megapixels is no picture
+        image = Image.open(path)
+    with image:
+        image.draft(None, (2 * image_size, 2 * image_size))     # JPEG: decode at 1/2, 1/4, 1/8, but twice what is needed
+        image.load()                                            # animated: the first frame
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                          # 16 bits a pixel; Pillow would clip them to 8
+            return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+        if image.mode == "F":                                   # floats, by convention in 0 .. 1
+            return Image.fromarray((np.nan_to_num(np.asarray(image)).clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image.convert("RGB")
+
+
+def square(image, image_size, rng):
+    """RGB image -> uint8 [3, H, W]: a square as wide as the shorter edge, resized; in the middle, or random and flipped."""
+    width, height = image.size
+    side = min(image.size)
+    across, down = rng.uniform(size=2) if rng else (0.5, 0.5)
+    left, top = across * (width - side), down * (height - side)
+    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    pixels = np.asarray(image).transpose(2, 0, 1)                                            # [3, H, W]
+    return np.ascontiguousarray(pixels[:, :, ::-1] if rng and rng.random() < 0.5 else pixels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One door to all of them
+
+def open_dataset(name, split, image_size, augment=False):
+    """The dataset `name` ("fashion", "shapes", a folder, or "auto": fashion if it can be had, else shapes).
+
+    split "train" or "val"; augment: random crop and flip, for folders. Raises BadInput if there is nothing to open.
+    """
+    if name in ("fashion", "auto"):
+        folder, tried = find_fashion()
+        if folder:
+            return Fashion(folder, split, image_size)
+        if name == "fashion":
+            raise BadInput(f"fashion: not found. Tried: {'; '.join(tried)}. Put its four idx files in {FASHION_FOLDER}, "
+                           f"or use --data shapes")
+        say("Fashion-MNIST cannot be had here, so the images are shapes: these are drawn and not photographed. "
+            "(python data.py --data fashion says what was tried)")
+    if name in ("shapes", "auto"):
+        return Shapes(split, image_size)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Folder(folder, split, image_size, augment)
+    what = "is a file, and a folder is needed" if folder.exists() else "no such folder"
+    raise BadInput(f"{name}: {what}. --data takes auto, fashion, shapes, or a folder of images")
+
+
+def row_order(n, batch_size, seed, step=0):
+    """Endless (epochs [B], indices [B]) of the images of each step from `step` on. Every epoch is a permutation of all n,
+    seeded by (seed, epoch); its incomplete last batch is dropped. Fewer images than a batch: several epochs make one."""
+    epochs = -(-batch_size // n)                        # in a block; 1 unless the set is tiny
+    steps = epochs * n // batch_size                    # of a block
+    block = None
+    for step in itertools.count(step):
+        if step // steps != block:
+            block = step // steps
+            epoch = np.arange(block * epochs, (block + 1) * epochs)
+            order = np.concatenate([np.random.default_rng([seed, e]).permutation(n) for e in epoch])
+        rows = slice(step % steps * batch_size, (step % steps + 1) * batch_size)
+        yield epoch.repeat(n)[rows], order[rows]
+
+
+class Reader(torch.utils.data.Dataset):
+    """(epochs, indices) -> one batch, in whichever process. The rng of a view comes from (seed, epoch, index)."""
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, rows):
+        draw = self.seed is not None and self.dataset.augment
+        views = [np.random.default_rng([self.seed, *row]) if draw else None for row in zip(*rows)]
+        try:
+            images = torch.from_numpy(self.dataset.get_many(rows[1], views))                 # uint8 [B, 3, H, W]
+        except BadInput as error:       # as a value: a worker's exception would come with a page of traceback
+            return str(error)
+        return images, torch.from_numpy(self.dataset.labels[rows[1]]), self.dataset.unreadable
+
+
+def ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the first process, which saves and then ends
+
+
+def read(dataset, rows, seed, workers):
+    reader = Reader(dataset, seed)
+    if workers and not dataset.in_memory:       # its own generator: else the loader would advance the run's random state
+        source = DataLoader(reader, sampler=rows, batch_size=None, num_workers=workers, prefetch_factor=4,
+                            generator=torch.Generator(), worker_init_fn=ignore_interrupts)
+    else:
+        source = map(reader.__getitem__, rows)
+    for batch in source:
+        if isinstance(batch, str):
+            raise BadInput(batch)
+        images, labels, unreadable = batch
+        for index, reason in list(unreadable.items()):
+            dataset.skip(index, reason)
+        yield images.float() / 255, labels
+
+
+def batches(dataset, batch_size, seed, step=0, rank=0, world=1, workers=0):
+    """Endless (images float32 [B / world, 3, H, W] in [0, 1], labels int64 [B / world]), starting at `step` without
+    reading what came before. batch_size B counts all ranks. Raises BadInput if it cannot be shared out equally."""
+    if batch_size < 1 or batch_size % world:
+        raise BadInput(f"batch_size {batch_size}: does not divide among {world} ranks. Use a multiple of {world}")
+    mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    rows = ((epochs[mine], indices[mine]) for epochs, indices in row_order(len(dataset), batch_size, seed, step))
+    return read(dataset, rows, seed, workers)
+
+
+def all_images(dataset, batch_size, limit=None, workers=0, start=0):
+    """Once through images start .. limit in order, fixed views: (images float32 [<=B, 3, H, W], labels int64)."""
+    indices = np.arange(start, min(len(dataset), limit or len(dataset)))
+    rows = [(indices[i:i + batch_size],) * 2 for i in range(0, len(indices), batch_size)]
+    return read(dataset, rows, None, workers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token cache: the codes of every image, extracted once
+
+def token_cache(tokenizer, dataset, path, fingerprint, views=1, batch_size=64, device="cpu", workers=0,
+                codebook=65536, save_every=50):
+    """Codes of the whole dataset, from `path` if they are there, else extracted (and continued, if that was cut short).
+
+    tokenizer: has .encode(images) -> int64 [B, L] or [B, h, w]; fingerprint: a string that names its weights; views 2:
+    also of the flipped images (paper, F.1). Returns (codes [views, n, L], uint16 and memory-mapped; labels int64 [n]).
+    Beside `path` lies a .json that says what the codes were made of and how many rows are done, with their checksum:
+    codes of another tokenizer or of other data, or damaged ones, are made anew.
+    """
+    path, n = Path(path), len(dataset)
+    note = path.with_suffix(".json")
+    made_of = {"tokenizer": fingerprint, "data": dataset.fingerprint, "views": views, "codebook": codebook}
+    codes, done, checksum = open_codes(path, note, made_of, n)
+    bar = tqdm(total=n, initial=done, desc=f"codes of {dataset.name} {dataset.split}", unit="image", disable=done == n)
+    for batch, (images, _) in enumerate(all_images(dataset, batch_size, workers=workers, start=done), 1):
+        new = []
+        for view in range(views):
+            with torch.inference_mode():
+                found = tokenizer.encode((images.flip(-1) if view else images).to(device))
+            new.append(found.flatten(1).cpu().numpy())                                       # [B, L]
+        new = np.stack(new)                                                                  # [views, B, L]
+        if new.min() < 0 or new.max() >= codebook:
+            raise ValueError(f"codes {new.min()} .. {new.max()} with a codebook of {codebook}")
+        if codes is None:
+            dtype = np.uint16 if codebook <= 65536 else np.uint32
+            write_atomically(path, lambda temporary: np.lib.format.open_memmap(temporary, "w+", dtype, (views, n, new.shape[2])))
+            codes = np.load(path, mmap_mode="r+")
+        codes[:, done:done + new.shape[1]] = new
+        checksum = checksum_rows(codes[:, done:done + new.shape[1]], checksum)
+        done += new.shape[1]
+        bar.update(new.shape[1])
+        if batch % save_every == 0 or done == n:
+            codes.flush()       # first the codes, then the note that they are there
+            state = json.dumps({**made_of, "shape": codes.shape, "done": done, "checksum": checksum}, indent=1)
+            write_atomically(note, lambda temporary: temporary.write_text(state))
+    bar.close()
+    return np.load(path, mmap_mode="r"), dataset.labels
+
+
+def checksum_rows(codes, checksum=0):
+    """CRC-32 of codes [views, rows, L], row after row, so that it does not depend on how the rows came in batches."""
+    return zlib.crc32(np.ascontiguousarray(codes.transpose(1, 0, 2)), checksum)
+
+
+def open_codes(path, note, made_of, n):
+    """(codes, rows done, their checksum) of a cache that can be used or continued; else it is removed: (None, 0, 0)."""
+    why = ""
+    if note.exists() or path.exists():
+        try:
+            state = json.loads(note.read_text())
+            changed = [name for name, value in made_of.items() if state[name] != value]
+            why = f"made of another {changed[0]}" if changed else "damaged"
+            codes, done = np.load(path, mmap_mode="r+"), state["done"]
+            whole = list(codes.shape) == state["shape"] and codes.shape[1] == n and 0 < done <= n
+            if not changed and whole and functools.reduce(      # in pieces: the whole may be larger than the memory
+                    lambda crc, row: checksum_rows(codes[:, row:min(row + 4096, done)], crc), range(0, done, 4096), 0) == state["checksum"]:
+                return codes, done, state["checksum"]
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
+            why = why or "damaged or never finished"
+        say(f"{path}: {why}; the codes are extracted anew")
+        try:
+            note.unlink(missing_ok=True)        # the note first: codes without one are never used
+            path.unlink(missing_ok=True)        # not overwritten: another process may have them mapped
+        except OSError as error:
+            raise BadInput(f"{path}: stale, and cannot be removed ({error.strerror}). Choose another folder with --out") from error
+    return None, 0, 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures for people
+
+def read_image(path, image_size):
+    """One picture of the user's -> float32 [3, H, W] in [0, 1], centre crop. Raises BadInput if it cannot be read."""
+    try:
+        return torch.from_numpy(square(decode(path, image_size), image_size, None)).float() / 255
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such picture. Check the name") from error
+    except Exception as error:                  # noqa: BLE001  as in Folder.get
+        raise BadInput(f"{path}: not a picture that can be read ({str(error).splitlines()[0]}). "
+                       f"Try a .jpg or .png") from error
+
+
+def picture_grid(images, columns, scale=1):
+    """images float [n, 3, H, W] in [0, 1] -> a PIL image, row by row, 2 white pixels between; each pixel scale x scale."""
+    n, _, height, width = images.shape
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()    # [n, H, W, 3]
+    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    height, width = height * scale + 2, width * scale + 2
+    grid = Image.new("RGB", (min(columns, n) * width - 2, -(-n // columns) * height - 2), "white")
+    for i, image in enumerate(pixels):
+        grid.paste(Image.fromarray(image), (i % columns * width, i // columns * height))
+    return grid
+
+
+def save_picture(image, path):
+    """Write a PIL image; the ending of the name says how. Raises BadInput if the ending or the folder is no good."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise BadInput(f"{path}: no kind of picture ends so. Use .png")
+    write_atomically(path, lambda temporary: image.save(temporary, format=kind))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def images_a_second(dataset, workers, seconds=4):
+    source = batches(dataset, 64, seed=0, workers=workers)
+    next(source)                                    # starts the workers
+    start = time.perf_counter()
+    for count, _ in enumerate(source, 1):
+        if time.perf_counter() - start > seconds:
+            return 64 * count / (time.perf_counter() - start)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="auto", help="auto, fashion, shapes, or a folder of images (default: auto)")
+    parser.add_argument("--image_size", type=int, default=32, help="pixels of a side (default: 32)")
+    parser.add_argument("--preview", metavar="FILE.png", help="write a picture with one row of images a class")
+    parser.add_argument("--bench", action="store_true", help="measure images a second")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for --bench (default: all cores)")
+    args = parser.parse_args()
+    if args.image_size < 1:
+        raise BadInput(f"--image_size {args.image_size}: must be at least 1")
+    train, val = (open_dataset(args.data, split, args.image_size, augment=split == "train") for split in ("train", "val"))
+    print(f"data         {train.name} ({'photographed' if train.photographs else 'drawn, not photographed'}), {train.where}")
+    print(f"images       {len(train):,} train, {len(val):,} val, {args.image_size}x{args.image_size}, border {train.border}")
+    print(f"classes      {len(train.classes)}: {', '.join(train.classes[:12])}{', ...' if len(train.classes) > 12 else ''}")
+    print(f"fingerprint  train {train.fingerprint}, val {val.fingerprint}")
+    if args.preview:
+        rows = [np.flatnonzero(val.labels == label)[:10] for label in range(len(val.classes))]
+        rows = [np.resize(row, 10) for row in rows if len(row)][:20]
+        images = torch.from_numpy(np.stack([val.get(int(i)) for row in rows for i in row])).float() / 255
+        save_picture(picture_grid(images, 10, scale=max(1, 64 // args.image_size)), args.preview)
+        print(f"preview      {args.preview}")
+    if args.bench:
+        print(f"bench        {images_a_second(train, 0):,.0f} images/s in one process")
+        if args.workers and not train.in_memory:
+            print(f"bench        {images_a_second(train, args.workers):,.0f} images/s with {args.workers} workers")
+        print(f"unreadable   {len(train.unreadable)} of the files read")
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,540 @@
+"""What every stage shares and no reader comes for: settings, ranks, checkpoints, EMA, log. No model knows this file.
+
+A stage uses it like this, and everything that matters stays in the stage's own loop:
+
+    args = trainer.parse(trainer.command_line(__doc__, ModelConfig, TrainConfig))
+    run = trainer.Run(args, "name of the file", config, training)     # ranks, device, seed, folder, lock-out of old results
+    ...build model, optimizer = run.adamw(parameters), ema = trainer.Ema(model)...
+    run.track(model=model, optimizer=optimizer, ema=ema)              # what a checkpoint holds; loads it on --resume
+    for step in run.steps():                                          # continues where the checkpoint stopped
+        run.set_learning_rate(optimizer, step)
+        ...batch, loss, backward, optimizer.step(), ema.update(model)...
+        run.log(step, loss=loss)
+
+A run is a pure function of its settings: the data order is computed from (seed, step), the learning rate from the
+step, and the random state travels in the checkpoint. That is why a resumed run equals an uninterrupted one bit for bit.
+"""
+import argparse
+import copy
+import dataclasses
+import difflib
+import errno
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2
+
+class BadInput(ValueError):
+    """Something the user gave is wrong. The message is one line: what is wrong, where, and what to do."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after the checkpoint was written."""
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR,
+               errno.EFBIG, errno.EEXIST}
+
+
+def launch(main):
+    """Run a script's main(): bad input ends in one line and exit code 2, Ctrl-C in one line and exit code 130."""
+    name, code = Path(sys.argv[0]).name, 0
+    if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
+        sys.exit(f"{name}: torch {torch.__version__} is too old. Install 2.11 or newer: pip install -r requirements.txt")
+    try:
+        main()
+    except BadInput as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        code = 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"\n{name}: interrupted. {error}", file=sys.stderr)
+        code = 130
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"{name}: {error.filename or 'output'}: {error.strerror}. Choose a folder that can be written with --out",
+              file=sys.stderr)
+        code = 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+def choose(what, value, options):
+    """Return value if it is one of options; else BadInput that names the near matches and all the options."""
+    if value in options:
+        return value
+    near = difflib.get_close_matches(str(value), [str(o) for o in options], n=2)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise BadInput(f"{what} {value!r}: not known. {hint}Choose from: {', '.join(map(str, options))}")
+
+
+def write_atomically(path, writer):
+    """Call writer(temporary path), then rename to path, so that path is at every moment the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer(temporary)
+        with open(temporary, "rb+") as file:    # on the disk before the name says so: a power cut must not leave a hole
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:    # torch.save reports a full disk as RuntimeError
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass
+        reason = getattr(error, "strerror", None) or "the disk is full or the folder cannot be written"
+        was = "The file that was there is unchanged" if path.exists() else "Nothing was written"
+        raise BadInput(f"{path}: cannot be written ({reason}). {was}; free some space or choose another folder "
+                       f"with --out") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: the command line is made from the fields of the dataclasses; the comment beside a field is its help text
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a stage is trained. Defaults: the paper's Table 4."""
+    steps: int = 500_000            # optimizer steps
+    batch_size: int = 256           # images a step, over all ranks
+    accumulate: int = 1             # cut the batch into this many pieces, to save memory
+    learning_rate: float = 1e-4     # AdamW's, at its highest
+    end_learning_rate: float = 1e-5  # at the last step of the cosine; equal to learning_rate: constant
+    warmup: int = 5_000             # steps of linear warm-up
+    beta1: float = 0.9              # AdamW: momentum
+    beta2: float = 0.99             # AdamW: second moment
+    weight_decay: float = 1e-4      # AdamW: on matrices only, not on biases, gains and embeddings
+    clip: float = 1.0               # largest gradient norm
+    ema: float = 0.999              # decay of the averaged weights, which every later stage uses
+    bf16: bool = True               # bfloat16 autocast where CUDA is present
+    workers: int = 8                # processes that decode images, a rank
+    log_every: int = 100            # steps between two lines of the log
+    save_every: int = 5_000         # steps between two checkpoints
+    preview_every: int = 5_000      # steps between two preview pictures
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that answers an unknown flag or value with near matches, in one line."""
+
+    def __init__(self, description=None, **kwargs):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise BadInput(f"{message}. All flags: python {self.prog} -h")
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        for flag in unknown:
+            choose("argument", flag.split("=")[0], [o for a in self._actions for o in a.option_strings])
+        return args
+
+    def _check_value(self, action, value):
+        if action.choices is not None:
+            choose("/".join(action.option_strings) or action.dest, value, list(action.choices))
+
+
+def command_line(description, *config_classes):
+    """A parser with the flags that all stages share and one flag for each field of the given dataclasses."""
+    parser = ArgumentParser(description)
+    shared = parser.add_argument_group("shared by all stages")
+    shared.add_argument("--config", choices=("toy", "full"), help="default: full where CUDA is present, else toy")
+    shared.add_argument("--data", default="auto", help="shapes, fashion, auto (fashion if it can be had), or a folder")
+    shared.add_argument("--out", help="folder for results, default out/<config>")
+    shared.add_argument("--resume", action="store_true", help="go on from the checkpoint if there is one")
+    shared.add_argument("--overwrite", action="store_true", help="start anew although results exist")
+    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--device", help="cpu or cuda; default: cuda where present")
+    shared.add_argument("--tensorboard", action="store_true", help="also log for tensorboard (pip install tensorboard)")
+    for cls in config_classes:
+        group = parser.add_argument_group(f"{cls.__name__}: each overrides a field of the chosen --config")
+        comments = dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
+        for field in dataclasses.fields(cls):
+            kind, text = field.type, comments.get(field.name, "").replace("%", "%%")
+            if kind is bool:
+                group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text,
+                                   default=argparse.SUPPRESS)
+            elif kind in (int, float, str):
+                group.add_argument(f"--{field.name}", type=kind, help=text, default=argparse.SUPPRESS, metavar="")
+            elif kind == tuple[int, ...]:
+                group.add_argument(f"--{field.name}", type=lambda s: tuple(map(int, s.split(","))), help=text,
+                                   default=argparse.SUPPRESS, metavar="")
+    return parser
+
+
+def parse(parser, argv=None):
+    """Parse, settle --config, --device and --out, and say on the first line which configuration runs and why."""
+    args = parser.parse_args(argv)
+    if args.device:
+        choose("--device", args.device.split(":")[0], ("cpu", "cuda"))
+    if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput(f"--device {args.device}: no CUDA device is present. Leave --device out to run on the CPU")
+    why = "asked for" if args.config else f"CUDA is {'present' if torch.cuda.is_available() else 'not present'}"
+    args.config = args.config or ("full" if torch.cuda.is_available() else "toy")
+    args.out = Path(args.out or f"out/{args.config}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"config: {args.config} ({why}), results in {args.out}")
+    return args
+
+
+def override(preset, args):
+    """The preset with every field replaced that the command line names."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(preset) if hasattr(args, f.name)}
+    return dataclasses.replace(preset, **given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def load_checkpoint(path, stage, make="", device="cpu"):
+    """Read a checkpoint, a dict with at least model, config, step and stage.
+
+    stage: the kind it must be ("vqgan", "tokenizer", "ar", "maskgit"); make: the command that makes one.
+    Raises BadInput if the file is missing, is no checkpoint, is cut short, or belongs to another stage.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"{path}: not found." + (f" Train it first: {make}" if make else ""))
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:      # torch raises many kinds here, each with a page of text
+        kind = "cannot be read" if isinstance(error, OSError) else "not a checkpoint, or cut short"
+        raise BadInput(f"{path}: {kind}." + (f" Make it anew: {make}" if make else "")) from error
+    if not isinstance(checkpoint, dict) or not {"model", "config", "step", "stage"} <= checkpoint.keys():
+        raise BadInput(f"{path}: a file of torch, but not a checkpoint of this project (model, config, step, stage)")
+    if checkpoint["stage"] != stage:
+        raise BadInput(f"{path}: a checkpoint of stage {checkpoint['stage']!r}, wanted {stage!r}."
+                       + (f" Make one with: {make}" if make else ""))
+    return checkpoint
+
+
+def load_weights(model, state_dict, path):
+    """model.load_state_dict(state_dict), with BadInput that counts what does not fit."""
+    own = model.state_dict()
+    missing, unknown = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+    other = [k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape]
+    if missing or unknown or other:
+        first = sorted(missing or unknown or other)[0]
+        raise BadInput(f"{path}: does not fit the model: {len(missing)} entries missing, {len(unknown)} unknown, "
+                       f"{len(other)} of another shape (first: {first}). Is it of another size?")
+    model.load_state_dict(state_dict)
+
+
+class Ema:
+    """Exponential moving average of a model's weights (Polyak averaging). Early steps use a shorter memory."""
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model):
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        mine, new = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(mine, new, 1 - decay)      # mine + (1 - decay) * (new - mine): frozen ones stay bit-equal
+        for buffer, source in zip(self.model.buffers(), model.buffers()):
+            buffer.copy_(source)
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: ranks, device, seed, folder, progress, log
+
+def setup_ranks():
+    """(rank, world) as torchrun set them; starts the process group: nccl on CUDA, gloo on the CPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return rank, world
+
+
+class Run:
+    """One training run of one stage: its checkpoint is <out>/<name>.pt, its log <out>/<name>.jsonl.
+
+    Raises BadInput where results exist and neither --resume nor --overwrite was given, or where they were made with
+    other settings. A run that is finished already says so and leaves with exit code 0.
+    """
+
+    def __init__(self, args, stage, name, config, training):
+        self.args, self.stage, self.config, self.training = args, stage, config, training
+        self.rank, self.world = setup_ranks()
+        self.main = self.rank == 0
+        cuda = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.piece = training.batch_size // training.accumulate     # images of one forward pass, over all ranks
+        if training.batch_size % (self.world * training.accumulate):
+            raise BadInput(f"--batch_size {training.batch_size}: not a multiple of {self.world} ranks x "
+                           f"{training.accumulate} pieces (--accumulate)")
+        torch.manual_seed(args.seed)      # the same on all ranks while the model is made; see track()
+        self.path, self.log_path = args.out / f"{name}.pt", args.out / f"{name}.jsonl"
+        self.step, self.tracked, self.seconds = 0, {}, 0.0
+        self.checkpoint = self._existing_results()
+        self.stop_asked = False
+        self.sums, self.bad_step = {}, None
+        self.logged_at = self.saved_at = -1
+        self.board = self._tensorboard() if args.tensorboard and self.main else None
+
+    def _existing_results(self):
+        """The checkpoint to go on from, or None."""
+        if self.args.overwrite and self.main:
+            self.log_path.unlink(missing_ok=True)
+        if self.args.overwrite or not self.path.exists():
+            return None
+        checkpoint = load_checkpoint(self.path, self.stage)
+        self._check_settings(checkpoint)
+        if checkpoint["step"] >= self.training.steps:
+            if self.main:
+                print(f"{self.path}: complete ({checkpoint['step']} steps); --overwrite starts anew")
+            raise SystemExit(0)
+        if not self.args.resume:
+            raise BadInput(f"{self.path}: holds an unfinished run, step {checkpoint['step']} of {self.training.steps}. "
+                           f"Go on with --resume, or start anew with --overwrite")
+        return checkpoint
+
+    def _check_settings(self, checkpoint):
+        may_differ = {"steps", "workers", "log_every", "save_every", "preview_every", "bf16"}
+        for mine, theirs in ((dataclasses.asdict(self.config), checkpoint["config"]),
+                             (dataclasses.asdict(self.training), checkpoint["training"]),
+                             ({"seed": self.args.seed}, {"seed": checkpoint["seed"]})):
+            for key in mine.keys() | theirs.keys():
+                if key not in may_differ and mine.get(key) != theirs.get(key):
+                    raise BadInput(f"{self.path}: was made with {key}={theirs.get(key)}, not {mine.get(key)}. "
+                                   f"Choose another --out, or start anew with --overwrite")
+
+    def _tensorboard(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise BadInput("--tensorboard: the package is missing. Install it: pip install tensorboard") from error
+        return SummaryWriter(self.args.out / "tensorboard" / self.path.stem)
+
+    # -- what a stage calls --------------------------------------------------------------------------------------------
+
+    def track(self, **parts):
+        """Name what a checkpoint holds (each has state_dict and load_state_dict); restore it on --resume."""
+        self.tracked.update(parts)
+        if self.checkpoint is not None:
+            for name, part in self.tracked.items():
+                part.load_state_dict(self.checkpoint[name])
+            self.step = self.checkpoint["step"]
+        torch.manual_seed(self.args.seed + 1000 * self.rank)    # from here on each rank draws its own masks and dropout
+        if self.checkpoint is not None and len(self.checkpoint["random"]) == self.world:
+            restore_random_state(self.checkpoint["random"][self.rank])
+        self.checkpoint = None
+
+    def adamw(self, parameters, learning_rate=None):
+        """AdamW over the parameters that train and nothing else. Weight decay on matrices only (nanoGPT's rule)."""
+        t, parameters = self.training, [p for p in parameters if p.requires_grad]
+        groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": t.weight_decay},
+                  {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate or t.learning_rate, betas=(t.beta1, t.beta2), fused=True)
+
+    def set_learning_rate(self, optimizer, step):
+        """Linear warm-up, then a cosine from learning_rate to end_learning_rate: a pure function of the step."""
+        t = self.training
+        progress = max(0, step - t.warmup) / max(1, t.steps - t.warmup)
+        rate = t.end_learning_rate + (t.learning_rate - t.end_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / max(1, t.warmup))
+
+    def parallel(self, module):
+        """DistributedDataParallel under torchrun, the module itself otherwise."""
+        if self.world == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+    def pieces(self, batches, module):
+        """The --accumulate pieces of one step's batch, on the device; gradients cross ranks with the last one only."""
+        for i in range(self.training.accumulate):
+            images, labels = next(batches)
+            last = i == self.training.accumulate - 1
+            with nullcontext() if last or self.world == 1 else module.no_sync():
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def autocast(self):
+        """bfloat16 where CUDA is present and --bf16 is on; plain float32 otherwise."""
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.training.bf16 and self.device.type == "cuda")
+
+    def steps(self):
+        """Yield the steps still to do; save every so often, at the end, and on Ctrl-C."""
+        if self.main:
+            self.args.out.mkdir(parents=True, exist_ok=True)
+            self._cut_log()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(s, self._ask_to_stop) for s in signals]
+        self.bar = tqdm(total=self.training.steps, initial=self.step, desc=self.path.stem, unit="step",
+                        disable=not self.main, mininterval=1.0, dynamic_ncols=True)
+        self.started = self.logged_time = time.perf_counter()
+        try:
+            while self.step < self.training.steps:
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                if self.step % self.training.log_every == 0 or self.step == self.training.steps:
+                    self._write_log()
+                if self._shall_stop():
+                    self.save()
+                    raise Interrupted(f"{self.path} holds step {self.step} of {self.training.steps}; "
+                                      f"go on with --resume")
+                if self.step % self.training.save_every == 0 or self.step == self.training.steps:
+                    self.save()
+        finally:
+            self.bar.close()
+            for s, handler in zip(signals, before):
+                signal.signal(s, handler)
+
+    def log(self, step, **values):
+        """Remember this step's values (tensors stay on the device: nothing waits for the GPU until a line is due)."""
+        loss = torch.as_tensor(values["loss"]).detach()
+        bad = torch.where(torch.isfinite(loss), math.inf, float(step))
+        self.bad_step = bad if self.bad_step is None else torch.minimum(self.bad_step, bad)
+        for name, value in values.items():
+            value = value.detach() if torch.is_tensor(value) else value
+            self.sums.setdefault(name, []).append(value)
+
+    def preview(self, step):
+        """True on rank 0 when a preview picture is due."""
+        due = (step + 1) % self.training.preview_every == 0 or step + 1 == self.training.steps
+        return self.main and due
+
+    def say(self, line):
+        if self.main:
+            tqdm.write(line, file=sys.stdout)
+
+    def save(self):
+        """Write the checkpoint to a temporary name and rename it. Never called on a state that is not finite."""
+        self._stop_if_not_finite()
+        states = gather(random_state(), self.world)
+        if not self.main or self.saved_at == self.step:
+            return
+        checkpoint = {"stage": self.stage, "step": self.step, "config": dataclasses.asdict(self.config),
+                      "training": dataclasses.asdict(self.training), "seed": self.args.seed, "random": states,
+                      **{name: part.state_dict() for name, part in self.tracked.items()}}
+        write_atomically(self.path, lambda temporary: torch.save(checkpoint, temporary))
+        self.saved_at = self.step
+
+    # -- what it does for itself --------------------------------------------------------------------------------------
+
+    def _ask_to_stop(self, number, frame):
+        if self.stop_asked:             # asked twice: the last checkpoint is whole, so leaving at once loses only steps
+            raise KeyboardInterrupt(f"Left at once; the last checkpoint is {self.path}")
+        self.stop_asked = True
+
+    def _shall_stop(self):
+        if self.world == 1:
+            return self.stop_asked
+        if self.step % self.training.log_every:     # ranks must agree, and asking each step would cost a round trip
+            return False
+        asked = torch.tensor(float(self.stop_asked), device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def _stop_if_not_finite(self):
+        if self.bad_step is not None and math.isfinite(self.bad_step):
+            kept = f"{self.path} keeps the last good checkpoint" if self.path.exists() else "nothing was saved yet"
+            raise BadInput(f"the loss is not finite at step {int(self.bad_step)}; {kept}. "
+                           f"Try a smaller --learning_rate, or --no-bf16")
+
+    def _write_log(self):
+        if not self.sums:
+            return
+        self._stop_if_not_finite()
+        now = time.perf_counter()
+        means = {k: float(torch.as_tensor(v, dtype=torch.float32).mean() if not torch.is_tensor(v[0])
+                          else torch.stack(v).float().mean()) for k, v in self.sums.items()}
+        steps = max(len(v) for v in self.sums.values())
+        line = {"step": self.step, **means, "images_per_s": steps * self.training.batch_size / (now - self.logged_time),
+                "seconds": self.seconds + now - self.started}
+        self.sums, self.logged_time = {}, now
+        if not self.main:
+            return
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
+        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {line['images_per_s']:.0f} images/s")
+        for name, value in line.items() if self.board else ():
+            self.board.add_scalar(name, value, self.step)
+
+    def _cut_log(self):
+        """Drop log lines beyond the checkpoint (they are about to be written again) and go on counting seconds."""
+        lines = read_log(self.log_path)
+        kept = [line for line in lines if line["step"] <= self.step]
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        if len(kept) < len(lines):
+            write_atomically(self.log_path, lambda temporary: temporary.write_text(
+                "".join(json.dumps(line) + "\n" for line in kept)))
+
+
+def read_log(path):
+    """The lines of a run's JSONL log as dicts; a last line that a kill cut short is left out."""
+    lines = []
+    for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def gather(value, world):
+    """[value of every rank], on every rank."""
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def random_state():
+    """This process's random state: torch on the CPU and on the current CUDA device, and NumPy's."""
+    name, keys, position, *gauss = np.random.get_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
+    return {"cpu": torch.get_rng_state(), "cuda": cuda,
+            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, *gauss]}
+
+
+def restore_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]):
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+def fingerprint(module):
+    """16 hex digits that change when any parameter or buffer of the module does: ties a cache to what made it."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
