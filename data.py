@@ -6,16 +6,18 @@
 
 Three kinds of data, one interface (`open_dataset`): `fashion`, Fashion-MNIST's idx files; `shapes`, drawn on the fly,
 needs nothing; and any folder of images, with `train/` and `val/` inside or not. `batches` turns one into an endless
-stream whose order is a pure function of (seed, step): not of the worker processes, the ranks or where a run was resumed.
+stream whose order is a pure function of (seed, step): not of worker processes, ranks, or where a run was resumed.
 `token_cache` is what generators train on.
 
 Letters: B batch, H W pixels, n images of a dataset, L codes of an image. Images are uint8 [3, H, W] here, inside a
 dataset, and float32 [B, 3, H, W] in [0, 1] for everyone else. Labels are int64.
 """
 import colorsys
+import difflib
 import functools
 import gzip
 import hashlib
+import http.client
 import itertools
 import json
 import os
@@ -23,7 +25,6 @@ import shutil
 import signal
 import subprocess
 import time
-import urllib.error
 import urllib.request
 import warnings
 import zlib
@@ -32,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
@@ -83,7 +84,8 @@ def hash_of(*parts):
 FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_FOLDER = Path(__file__).resolve().parent / "data" / "fashion-mnist"
 FASHION_PLACES = [FASHION_FOLDER, Path("/usr/share/datasets/fashion-mnist")]    # the second is Debian's
-# SHA-256 of the uncompressed files. The MD5 sums that are published hold for one .gz each; mirrors compress anew.
+# SHA-256 of the uncompressed files, which hold for any mirror. The MD5 sums that are published hold for one .gz each,
+# with its name and date inside; the two were checked against each other.
 FASHION_SHA256 = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -112,20 +114,22 @@ class Fashion(Images):
         return self.get_many([index], [rng])[0]
 
     def get_many(self, indices, rngs):
-        images = torch.from_numpy(self.pixels[np.asarray(indices)])[:, None]                  # [B, 1, 28, 28]
+        images = self.pixels[np.asarray(indices), None]                                       # [B, 1, 28, 28]
         if self.border:
-            images = F.pad(images, [self.border] * 4)
+            images = np.pad(images, ((0, 0), (0, 0), (self.border,) * 2, (self.border,) * 2))
         elif images.shape[-1] != self.image_size:
-            images = F.interpolate(images.float(), (self.image_size,) * 2, mode="bicubic", antialias=True)
-            images = images.round().clamp(0, 255).byte()
-        return images.expand(-1, 3, -1, -1).contiguous().numpy()                              # [B, 3, H, W]
+            images = torch.from_numpy(images).float()
+            images = F.interpolate(images, (self.image_size,) * 2, mode="bicubic", antialias=True)
+            images = images.round().clamp(0, 255).byte().numpy()
+        return images.repeat(3, axis=1)                                                       # [B, 3, H, W]
 
 
 def read_idx(folder, name, dimensions):
-    """An idx file (two zero bytes, type 8 = uint8, number of dimensions, each as big-endian int32, values), .gz or not."""
+    """An idx file, .gz or not: two zero bytes, 8 for uint8, number of dimensions, each as big-endian int32, values."""
     path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
     try:
-        content = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
         if content[:4] != bytes([0, 0, 8, dimensions]):
             raise ValueError("not an idx file")
         shape = np.frombuffer(content, ">i4", dimensions, offset=4)
@@ -138,6 +142,7 @@ def has_fashion(folder):
     return all((folder / name).exists() or (folder / f"{name}.gz").exists() for name in FASHION_SHA256)
 
 
+@functools.cache            # a failure takes seconds, and every run opens two splits
 def find_fashion():
     """(folder, what was tried): on disk, else downloaded, else Debian's package; the folder is None if all fail."""
     tried = []
@@ -154,8 +159,8 @@ def find_fashion():
 
 
 def fetch_fashion(folder=None, url=FASHION_URL, timeout=4):
-    """Download the four files that `folder` lacks and return it. A file appears there only after its content has the
-    right checksum, and under a temporary name until it is complete. BadInput: no connection, truncated, wrong checksum."""
+    """Download the four files that `folder` lacks and return it. A file appears there only when its checksum is right,
+    and under a temporary name until it is complete. Raises BadInput: no connection, truncated, wrong checksum."""
     folder = Path(folder or FASHION_FOLDER)
     for name, sha256 in FASHION_SHA256.items():
         path, source = folder / f"{name}.gz", f"{url.rstrip('/')}/{name}.gz"
@@ -169,7 +174,7 @@ def fetch_fashion(folder=None, url=FASHION_URL, timeout=4):
                     while piece := answer.read(1 << 16):
                         pieces.append(piece)
                         bar.update(len(piece))
-        except (OSError, ValueError, urllib.error.URLError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise BadInput(f"{source}: cannot be downloaded ({getattr(error, 'reason', error)})") from error
         content = b"".join(pieces)
         fault = "truncated" if len(content) < length else checksum_fault(content, sha256)
@@ -194,7 +199,8 @@ def install_fashion():
     if not shutil.which("apt-get") or os.geteuid() != 0:
         raise BadInput("Debian's package dataset-fashion-mnist (needs apt-get and root)")
     say("Fashion-MNIST: apt-get install dataset-fashion-mnist")
-    apt = ["apt-get", "-qq", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=5", "-o", "DPkg::Lock::Timeout=120"]
+    options = ("Acquire::Retries=0", "Acquire::http::Timeout=5", "DPkg::Lock::Timeout=120")
+    apt = ["apt-get", "-qq", *(word for option in options for word in ("-o", option))]
     for command in (["update"], ["install", "-y", "--no-install-recommends", "dataset-fashion-mnist"]):
         try:
             subprocess.run(apt + command, timeout=240, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -225,8 +231,9 @@ def bands(u, width):
 
 def star(u, v):
     angle = np.abs((np.arctan2(u, -v) / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * (2 * np.pi / 5)     # from the nearest tip
-    radius, inner = np.hypot(u, v), 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])     # tip at (1, 0)
-    return half_plane(radius * np.cos(angle) - 1, radius * np.sin(angle), np.rad2deg(np.arctan2(1 - inner[0], inner[1])), 0)
+    radius, inner = np.hypot(u, v), 0.45 * np.exp(1j * np.pi / 5)       # the tip lies at 1, the next notch at inner
+    edge = np.rad2deg(np.arctan2(1 - inner.real, inner.imag))
+    return half_plane(radius * np.cos(angle) - 1, radius * np.sin(angle), edge, 0)
 
 
 def checker(u, v):
@@ -285,14 +292,14 @@ class Shapes(Images):
         v = (y * np.cos(angle) - x * np.sin(angle)) / radius                                 # [H, W]
         distance = SHAPES[self.classes[self.labels[index]]](u, v) * (radius * self.image_size / 2)    # in pixels
 
-        hue, dark = rng.uniform(), rng.uniform() < 0.5             # a light shape on a dark ground, or the reverse
-        ground = colorsys.hsv_to_rgb(hue, rng.uniform(0.15, 0.55), *rng.uniform(*((0.15, 0.4) if dark else (0.75, 1)), 1))
-        paint = colorsys.hsv_to_rgb((hue + rng.uniform(0.2, 0.8)) % 1, rng.uniform(0.6, 1),
-                                    *rng.uniform(*((0.8, 1) if dark else (0.35, 0.7)), 1))
+        hue, dark = rng.uniform(), rng.uniform() < 0.5              # a light shape on a dark ground, or the reverse
+        values = ((0.15, 0.4), (0.8, 1)) if dark else ((0.75, 1), (0.35, 0.7))
+        ground = colorsys.hsv_to_rgb(hue, rng.uniform(0.15, 0.55), rng.uniform(*values[0]))
+        paint = colorsys.hsv_to_rgb((hue + rng.uniform(0.2, 0.8)) % 1, rng.uniform(0.6, 1), rng.uniform(*values[1]))
         slope = rng.uniform(-0.15, 0.15, 2)
         light = 1 + slope[0] * self.x + slope[1] * self.y                                    # [H, W]
         shadow = 1 - 0.35 * np.exp(np.maximum(distance, 0) * (-16 / self.image_size))        # darker near the shape
-        inside = np.clip(0.5 - distance, 0, 1)                                               # share of the pixel covered
+        inside = np.clip(0.5 - distance, 0, 1)                               # share of the pixel covered
         image = (np.multiply.outer(ground, light * shadow * (1 - inside))
                  + np.multiply.outer(paint, (2 - light) * inside))                           # [3, H, W]
         return (image * 255).clip(0, 255).round().astype(np.uint8)
@@ -317,13 +324,14 @@ class Folder(Images):
         folder = Path(folder)
         parts = {path.name for path in folder.iterdir() if path.is_dir()}
         if {"train", "val"} <= parts:
-            self.root, self.classes, files = folder / split, list_images(folder / "train")[0], list_images(folder / split)[1]
+            self.root, self.classes = folder / split, list_images(folder / "train")[0]
+            files = list_images(self.root)[1]
             strange = sorted({name for name, *_ in files} - set(self.classes))
             if strange:
-                raise BadInput(f"{self.root / strange[0]}: a class that {folder / 'train'} does not have. Add it there too")
+                raise BadInput(f"{self.root / strange[0]}: a class that {folder / 'train'} lacks. Add it there too")
         elif parts & {"train", "val"} and parts <= {"train", "val", "valid", "validation", "test"}:
-            raise BadInput(f"{folder}: needs both train/ and val/, and has {', '.join(sorted(parts))}. Rename what there "
-                           f"is, or give one folder of classes, of which 5 % are held out")
+            raise BadInput(f"{folder}: needs both train/ and val/, and has {', '.join(sorted(parts))}. Rename what is "
+                           f"there, or give one folder of classes, of which 5 % are held out")
         else:
             self.root, (self.classes, files) = folder, list_images(folder)
             files, everything = split_by_hash(files, split), len(files)
@@ -332,22 +340,25 @@ class Folder(Images):
         if not files:
             raise BadInput(f"{self.root}: no images. Endings that count: {' '.join(ENDINGS)}")
         self.files = [file for _, file, *_ in files]                        # relative to root, sorted by class and name
-        self.labels = np.array([self.classes.index(name) for name, *_ in files], dtype=np.int64)
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.labels = np.array([number[name] for name, *_ in files], dtype=np.int64)
         self.fingerprint = hash_of("folder", split, image_size, files)      # names, sizes and times of change
 
     def get(self, index, rng=None):
-        same_class = np.flatnonzero(self.labels == self.labels[index]) if index in self.unreadable else [index]
-        first = int(np.searchsorted(same_class, index))
-        for other in map(int, np.roll(same_class, -first)):
-            if other in self.unreadable:
-                continue
-            try:
-                image = decode(self.root / self.files[other], self.image_size)
-                return square(image, self.image_size, rng if self.augment else None)
-            except Exception as error:          # noqa: BLE001  Pillow raises a dozen kinds for broken files
-                self.skip(other, f"{type(error).__name__}: {error}")
-                return self.get(index, rng)
-        raise BadInput(f"{self.root}: no readable image of class {self.classes[self.labels[index]]}")
+        for other in self.in_its_place(index):
+            if other not in self.unreadable:
+                try:
+                    image = decode(self.root / self.files[other], self.image_size)
+                    return square(image, self.image_size, rng if self.augment else None)
+                except Exception as error:      # noqa: BLE001  Pillow raises a dozen kinds for broken files
+                    self.skip(other, first_line(error))
+        raise BadInput(f"{self.root}: no readable image of class {self.classes[self.labels[index]]}. Remove the class")
+
+    def in_its_place(self, index):
+        """index, then the others of its class, in order from there on and round."""
+        yield index
+        same_class = np.flatnonzero(self.labels == self.labels[index])
+        yield from np.roll(same_class, -np.searchsorted(same_class, index)).tolist()[1:]
 
     def skip(self, index, reason):
         """Name and count a broken file. A worker process only notes it; `read` hands the note to the first process."""
@@ -356,59 +367,66 @@ class Folder(Images):
         self.unreadable[index] = reason
         if get_worker_info() is None:
             count = len(self.unreadable)
-            say(f"{self.root / self.files[index]}: skipped, cannot be read ({reason.splitlines()[0]}); "
+            say(f"{self.root / self.files[index]}: skipped, cannot be read ({reason}); "
                 f"{count} of {len(self):,} so far")
             if count > UNREADABLE * len(self):
-                raise BadInput(f"{self.root}: {count} of {len(self):,} files cannot be read, more than {UNREADABLE:.0%}. "
-                               f"Mend or remove {self.files[index]} and the ones named above")
+                raise BadInput(f"{self.root}: {count} of {len(self):,} files cannot be read, more than "
+                               f"{UNREADABLE:.0%}. Mend or remove {self.files[index]} and the ones named above")
 
 
 def list_images(folder):
-    """(classes, [(class, relative name, size, time of change)]), both sorted. No class folders: the one class `images`."""
+    """(classes, [(class, relative name, size, time of change)]), both sorted. No class folders: one class, `images`."""
     found, loose = [], []
-    for top in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        if top.is_dir():
-            inside = [Path(root) / name for root, _, names in os.walk(top) for name in names]
-        else:
-            inside = [top]
-        for path in sorted(inside):
-            if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
-                stat, name = path.stat(), path.relative_to(folder).as_posix()
-                (found if top.is_dir() else loose).append((top.name, name, stat.st_size, stat.st_mtime_ns))
+    for top in folder.iterdir():
+        for root, _, names in os.walk(top) if top.is_dir() else [(folder, [], [top.name])]:
+            inside = Path(root).relative_to(folder).as_posix()
+            for name in names:
+                if name.lower().endswith(ENDINGS) and not name.startswith(".") and not top.name.startswith("."):
+                    file = os.path.join(root, name)     # strings, and one stat a file: there may be millions
+                    stat = os.stat(file) if os.path.exists(file) else os.lstat(file)    # a broken link: named when read
+                    (found if top.is_dir() else loose).append(
+                        (top.name, name if inside == "." else f"{inside}/{name}", stat.st_size, stat.st_mtime_ns))
     if found and loose:
         say(f"{folder}: {len(loose):,} images that lie beside the class folders are left out")
-    found = found or [("images", *rest) for _, *rest in loose]
+    found = sorted(found or [("images", *rest) for _, *rest in loose])
     return sorted({name for name, *_ in found}), found
 
 
 def split_by_hash(files, split):
     share = {file: zlib.crc32(file[1].encode()) / 2 ** 32 for file in files}
-    held_out = [file for file in files if share[file] < HELD_OUT] or sorted(files, key=share.get)[:1]
-    rest = [file for file in files if file not in set(held_out)] or held_out        # one image only: it is in both
-    return {"train": rest, "val": held_out}[split]
+    held_out = {file for file in files if share[file] < HELD_OUT} or set(sorted(files, key=share.get)[:1])
+    rest = [file for file in files if file not in held_out] or files        # one image only: it is in both
+    return rest if split == "train" else sorted(held_out)
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def decode(path, image_size):
     """Any file that Pillow opens -> an RGB image as the photographer saw it. Raises many kinds of exceptions."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)      # a picture of 90 megapixels is no picture
-        image = Image.open(path)
-    with image:
-        image.draft(None, (2 * image_size, 2 * image_size))     # JPEG: decode at 1/2, 1/4, 1/8, but twice what is needed
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                         # of odd metadata; a file that cannot be read raises
+        warnings.simplefilter("error", Image.DecompressionBombWarning)      # 90 megapixels
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:
+            raise OSError("not an image") from None             # Pillow's own words name the open file
+        image.draft(None, (2 * image_size, 2 * image_size))     # JPEG: decode at 1/2, 1/4, 1/8, still twice too large
         image.load()                                            # animated: the first frame
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                          # 16 bits a pixel; Pillow would clip them to 8
-            return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
-        if image.mode == "F":                                   # floats, by convention in 0 .. 1
-            return Image.fromarray((np.nan_to_num(np.asarray(image)).clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
+    if image.mode.startswith("I"):                              # 16 bits a pixel, which Pillow would clip to 8
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":                                     # floats, by convention in 0 .. 1
+        image = Image.fromarray((np.nan_to_num(np.asarray(image)).clip(0, 1) * 255).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def square(image, image_size, rng):
-    """RGB image -> uint8 [3, H, W]: a square as wide as the shorter edge, resized; in the middle, or random and flipped."""
+    """RGB image -> uint8 [3, H, W]: a square as wide as the shorter edge, resized: the middle, or random, flipped."""
     width, height = image.size
     side = min(image.size)
     across, down = rng.uniform(size=2) if rng else (0.5, 0.5)
@@ -431,8 +449,8 @@ def open_dataset(name, split, image_size, augment=False):
         if folder:
             return Fashion(folder, split, image_size)
         if name == "fashion":
-            raise BadInput(f"fashion: not found. Tried: {'; '.join(tried)}. Put its four idx files in {FASHION_FOLDER}, "
-                           f"or use --data shapes")
+            raise BadInput(f"fashion: not found. Tried: {'; '.join(tried)}. Put its four idx files in "
+                           f"{FASHION_FOLDER}, or use --data shapes")
         say("Fashion-MNIST cannot be had here, so the images are shapes: these are drawn and not photographed. "
             "(python data.py --data fashion says what was tried)")
     if name in ("shapes", "auto"):
@@ -441,12 +459,14 @@ def open_dataset(name, split, image_size, augment=False):
     if folder.is_dir():
         return Folder(folder, split, image_size, augment)
     what = "is a file, and a folder is needed" if folder.exists() else "no such folder"
-    raise BadInput(f"{name}: {what}. --data takes auto, fashion, shapes, or a folder of images")
+    near = difflib.get_close_matches(name, ("auto", "fashion", "shapes"), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise BadInput(f"{name}: {what}.{hint} --data takes auto, fashion, shapes, or a folder of images")
 
 
 def row_order(n, batch_size, seed, step=0):
-    """Endless (epochs [B], indices [B]) of the images of each step from `step` on. Every epoch is a permutation of all n,
-    seeded by (seed, epoch); its incomplete last batch is dropped. Fewer images than a batch: several epochs make one."""
+    """Endless (epochs [B], indices [B]) of the images of each step from `step` on. Every epoch is a permutation of all
+    n, seeded by (seed, epoch), less its incomplete last batch. Fewer images than a batch: several epochs make one."""
     epochs = -(-batch_size // n)                        # in a block; 1 unless the set is tiny
     steps = epochs * n // batch_size                    # of a block
     block = None
@@ -481,7 +501,7 @@ def ignore_interrupts(worker):
 
 def read(dataset, rows, seed, workers):
     reader = Reader(dataset, seed)
-    if workers and not dataset.in_memory:       # its own generator: else the loader would advance the run's random state
+    if workers and not dataset.in_memory:       # own generator: else it would advance the run's random state
         source = DataLoader(reader, sampler=rows, batch_size=None, num_workers=workers, prefetch_factor=4,
                             generator=torch.Generator(), worker_init_fn=ignore_interrupts)
     else:
@@ -492,7 +512,8 @@ def read(dataset, rows, seed, workers):
         images, labels, unreadable = batch
         for index, reason in list(unreadable.items()):
             dataset.skip(index, reason)
-        yield images.float() / 255, labels
+        # in numpy: on a busy machine, waking torch's threads for so little costs a hundred times the work
+        yield torch.from_numpy(np.divide(images.numpy(), 255, dtype=np.float32)), labels
 
 
 def batches(dataset, batch_size, seed, step=0, rank=0, world=1, workers=0):
@@ -500,14 +521,16 @@ def batches(dataset, batch_size, seed, step=0, rank=0, world=1, workers=0):
     reading what came before. batch_size B counts all ranks. Raises BadInput if it cannot be shared out equally."""
     if batch_size < 1 or batch_size % world:
         raise BadInput(f"batch_size {batch_size}: does not divide among {world} ranks. Use a multiple of {world}")
+    seed %= 2 ** 32                     # numpy takes no negative seed
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     rows = ((epochs[mine], indices[mine]) for epochs, indices in row_order(len(dataset), batch_size, seed, step))
     return read(dataset, rows, seed, workers)
 
 
 def all_images(dataset, batch_size, limit=None, workers=0, start=0):
-    """Once through images start .. limit in order, fixed views: (images float32 [<=B, 3, H, W], labels int64)."""
-    indices = np.arange(start, min(len(dataset), limit or len(dataset)))
+    """Once through images start .. limit in order, fixed views: (images float32 [<=B, 3, H, W], labels int64). A broken
+    file shows the next of its class, so that rows stay rows."""
+    indices = np.arange(len(dataset))[start:limit]
     rows = [(indices[i:i + batch_size],) * 2 for i in range(0, len(indices), batch_size)]
     return read(dataset, rows, None, workers)
 
@@ -527,7 +550,7 @@ def token_cache(tokenizer, dataset, path, fingerprint, views=1, batch_size=64, d
     path, n = Path(path), len(dataset)
     note = path.with_suffix(".json")
     made_of = {"tokenizer": fingerprint, "data": dataset.fingerprint, "views": views, "codebook": codebook}
-    codes, done, checksum = open_codes(path, note, made_of, n)
+    codes, (done, checksum) = None, rows_done(path, note, made_of, n)
     bar = tqdm(total=n, initial=done, desc=f"codes of {dataset.name} {dataset.split}", unit="image", disable=done == n)
     for batch, (images, _) in enumerate(all_images(dataset, batch_size, workers=workers, start=done), 1):
         new = []
@@ -538,12 +561,13 @@ def token_cache(tokenizer, dataset, path, fingerprint, views=1, batch_size=64, d
         new = np.stack(new)                                                                  # [views, B, L]
         if new.min() < 0 or new.max() >= codebook:
             raise ValueError(f"codes {new.min()} .. {new.max()} with a codebook of {codebook}")
+        if not done:
+            write_atomically(path, functools.partial(write_zeros, shape=(views, n, new.shape[2]),
+                                                     dtype=np.uint16 if codebook <= 65536 else np.uint32))
         if codes is None:
-            dtype = np.uint16 if codebook <= 65536 else np.uint32
-            write_atomically(path, lambda temporary: np.lib.format.open_memmap(temporary, "w+", dtype, (views, n, new.shape[2])))
             codes = np.load(path, mmap_mode="r+")
         codes[:, done:done + new.shape[1]] = new
-        checksum = checksum_rows(codes[:, done:done + new.shape[1]], checksum)
+        checksum = checksum_rows(new.astype(codes.dtype), checksum)
         done += new.shape[1]
         bar.update(new.shape[1])
         if batch % save_every == 0 or done == n:
@@ -554,33 +578,42 @@ def token_cache(tokenizer, dataset, path, fingerprint, views=1, batch_size=64, d
     return np.load(path, mmap_mode="r"), dataset.labels
 
 
+def write_zeros(path, shape, dtype):
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(shape, dtype))       # no file with holes: a full disk must show here, not later
+
+
 def checksum_rows(codes, checksum=0):
     """CRC-32 of codes [views, rows, L], row after row, so that it does not depend on how the rows came in batches."""
-    return zlib.crc32(np.ascontiguousarray(codes.transpose(1, 0, 2)), checksum)
+    for row in range(0, codes.shape[1], 4096):          # in pieces: the whole may be larger than the memory
+        checksum = zlib.crc32(np.ascontiguousarray(codes[:, row:row + 4096].transpose(1, 0, 2)), checksum)
+    return checksum
 
 
-def open_codes(path, note, made_of, n):
-    """(codes, rows done, their checksum) of a cache that can be used or continued; else it is removed: (None, 0, 0)."""
-    why = ""
-    if note.exists() or path.exists():
-        try:
-            state = json.loads(note.read_text())
-            changed = [name for name, value in made_of.items() if state[name] != value]
-            why = f"made of another {changed[0]}" if changed else "damaged"
-            codes, done = np.load(path, mmap_mode="r+"), state["done"]
-            whole = list(codes.shape) == state["shape"] and codes.shape[1] == n and 0 < done <= n
-            if not changed and whole and functools.reduce(      # in pieces: the whole may be larger than the memory
-                    lambda crc, row: checksum_rows(codes[:, row:min(row + 4096, done)], crc), range(0, done, 4096), 0) == state["checksum"]:
-                return codes, done, state["checksum"]
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
-            why = why or "damaged or never finished"
-        say(f"{path}: {why}; the codes are extracted anew")
-        try:
-            note.unlink(missing_ok=True)        # the note first: codes without one are never used
-            path.unlink(missing_ok=True)        # not overwritten: another process may have them mapped
-        except OSError as error:
-            raise BadInput(f"{path}: stale, and cannot be removed ({error.strerror}). Choose another folder with --out") from error
-    return None, 0, 0
+def rows_done(path, note, made_of, n):
+    """(rows done, their checksum) of a cache that can be used or continued; any other is removed: (0, 0)."""
+    if not note.exists() and not path.exists():
+        return 0, 0
+    why = "damaged or never finished"
+    try:
+        state = json.loads(note.read_text())
+        changed = [name for name, value in made_of.items() if state[name] != value]
+        if changed:
+            why = f"made of another {changed[0]}"
+        else:
+            codes, done = np.load(path, mmap_mode="r"), state["done"]
+            if codes.shape[1] == n and 0 < done <= n and checksum_rows(codes[:, :done]) == state["checksum"]:
+                return done, state["checksum"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        pass
+    say(f"{path}: {why}; the codes are extracted anew")
+    try:
+        note.unlink(missing_ok=True)        # the note first: codes without one are never used
+        path.unlink(missing_ok=True)        # not overwritten: another process may have them mapped
+    except OSError as error:
+        raise BadInput(f"{path}: {why}, and cannot be removed ({error.strerror}). "
+                       f"Choose another folder with --out") from error
+    return 0, 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,15 +626,15 @@ def read_image(path, image_size):
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such picture. Check the name") from error
     except Exception as error:                  # noqa: BLE001  as in Folder.get
-        raise BadInput(f"{path}: not a picture that can be read ({str(error).splitlines()[0]}). "
+        raise BadInput(f"{path}: not a picture that can be read ({first_line(error)}). "
                        f"Try a .jpg or .png") from error
 
 
 def picture_grid(images, columns, scale=1):
-    """images float [n, 3, H, W] in [0, 1] -> a PIL image, row by row, 2 white pixels between; each pixel scale x scale."""
+    """images float [n, 3, H, W] in [0, 1] -> a PIL image, row by row, 2 white pixels between, a pixel scale x scale."""
     n, _, height, width = images.shape
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()    # [n, H, W, 3]
-    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    pixels = pixels.permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)            # [n, H, W, 3]
     height, width = height * scale + 2, width * scale + 2
     grid = Image.new("RGB", (min(columns, n) * width - 2, -(-n // columns) * height - 2), "white")
     for i, image in enumerate(pixels):
@@ -635,20 +668,22 @@ def main():
     parser.add_argument("--image_size", type=int, default=32, help="pixels of a side (default: 32)")
     parser.add_argument("--preview", metavar="FILE.png", help="write a picture with one row of images a class")
     parser.add_argument("--bench", action="store_true", help="measure images a second")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for --bench (default: all cores)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for --bench (default: cores)")
     args = parser.parse_args()
     if args.image_size < 1:
         raise BadInput(f"--image_size {args.image_size}: must be at least 1")
-    train, val = (open_dataset(args.data, split, args.image_size, augment=split == "train") for split in ("train", "val"))
-    print(f"data         {train.name} ({'photographed' if train.photographs else 'drawn, not photographed'}), {train.where}")
-    print(f"images       {len(train):,} train, {len(val):,} val, {args.image_size}x{args.image_size}, border {train.border}")
-    print(f"classes      {len(train.classes)}: {', '.join(train.classes[:12])}{', ...' if len(train.classes) > 12 else ''}")
+    train = open_dataset(args.data, "train", args.image_size, augment=True)
+    val = open_dataset(args.data, "val", args.image_size)
+    print(f"data         {train.name}{'' if train.photographs else ' (drawn, not photographed)'}, {train.where}")
+    size, more = args.image_size, ", ..." if len(train.classes) > 12 else ""
+    print(f"images       {len(train):,} train, {len(val):,} val, {size}x{size}, border {train.border}")
+    print(f"classes      {len(train.classes)}: {', '.join(train.classes[:12])}{more}")
     print(f"fingerprint  train {train.fingerprint}, val {val.fingerprint}")
     if args.preview:
         rows = [np.flatnonzero(val.labels == label)[:10] for label in range(len(val.classes))]
         rows = [np.resize(row, 10) for row in rows if len(row)][:20]
         images = torch.from_numpy(np.stack([val.get(int(i)) for row in rows for i in row])).float() / 255
-        save_picture(picture_grid(images, 10, scale=max(1, 64 // args.image_size)), args.preview)
+        save_picture(picture_grid(images, 10, scale=max(1, 64 // size)), args.preview)
         print(f"preview      {args.preview}")
     if args.bench:
         print(f"bench        {images_a_second(train, 0):,.0f} images/s in one process")

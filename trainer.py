@@ -159,7 +159,8 @@ def command_line(description, *config_classes):
     parser = ArgumentParser(description)
     shared = parser.add_argument_group("shared by all stages")
     shared.add_argument("--config", choices=("toy", "full"), help="default: full where CUDA is present, else toy")
-    shared.add_argument("--data", default="auto", help="shapes, fashion, auto (fashion if it can be had), or a folder")
+    shared.add_argument("--data", help="shapes, fashion, auto (fashion if it can be had) or a folder; default: auto in "
+                        "toy, data/imagenet in full")
     shared.add_argument("--out", help="folder for results, default out/<config>")
     shared.add_argument("--resume", action="store_true", help="go on from the checkpoint if there is one")
     shared.add_argument("--overwrite", action="store_true", help="start anew although results exist")
@@ -191,6 +192,7 @@ def parse(parser, argv=None):
         raise BadInput(f"--device {args.device}: no CUDA device is present. Leave --device out to run on the CPU")
     why = "asked for" if args.config else f"CUDA is {'present' if torch.cuda.is_available() else 'not present'}"
     args.config = args.config or ("full" if torch.cuda.is_available() else "toy")
+    args.data = args.data or {"toy": "auto", "full": "data/imagenet"}[args.config]
     args.out = Path(args.out or f"out/{args.config}")
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"config: {args.config} ({why}), results in {args.out}")
@@ -299,6 +301,8 @@ class Run:
         self.path, self.log_path = args.out / f"{name}.pt", args.out / f"{name}.jsonl"
         self.step, self.tracked, self.seconds = 0, {}, 0.0
         self.checkpoint = self._existing_results()
+        if self.checkpoint is not None:
+            self.step = self.checkpoint["step"]
         self.stop_asked = False
         self.sums, self.bad_step = {}, None
         self.logged_at = self.saved_at = -1
@@ -342,14 +346,16 @@ class Run:
 
     def track(self, **parts):
         """Name what a checkpoint holds (each has state_dict and load_state_dict); restore it on --resume."""
+        first = not self.tracked            # later calls exchange a part, as hnt.py does with its optimizer
         self.tracked.update(parts)
+        if not first:
+            return
+        torch.manual_seed(self.args.seed + 1000 * self.rank)    # from here on each rank draws its own masks and dropout
         if self.checkpoint is not None:
             for name, part in self.tracked.items():
                 part.load_state_dict(self.checkpoint[name])
-            self.step = self.checkpoint["step"]
-        torch.manual_seed(self.args.seed + 1000 * self.rank)    # from here on each rank draws its own masks and dropout
-        if self.checkpoint is not None and len(self.checkpoint["random"]) == self.world:
-            restore_random_state(self.checkpoint["random"][self.rank])
+            if len(self.checkpoint["random"]) == self.world:
+                restore_random_state(self.checkpoint["random"][self.rank])
         self.checkpoint = None
 
     def adamw(self, parameters, learning_rate=None):
@@ -531,10 +537,11 @@ def restore_random_state(state):
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
-def fingerprint(module):
-    """16 hex digits that change when any parameter or buffer of the module does: ties a cache to what made it."""
+def fingerprint(module, leave_out=()):
+    """16 hex digits that change when any parameter or buffer does whose name starts with none of leave_out."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        if not name.startswith(tuple(leave_out)):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,0 +1,49 @@
+# make demo          the whole pipeline at toy size, about 12 minutes on two CPU cores; ends in out/toy/report.md
+# make demo LONG=1   the same models trained five times longer, in out/toy_long
+# make test          the test suite, under 10 minutes
+# Other data:        make demo DATA=folder        Other results folder: make demo OUT=folder
+
+PYTHON ?= python3
+PY := .venv/bin/python
+DATA ?= auto
+SEED ?= 0
+
+ifdef LONG
+OUT ?= out/toy_long
+VQGAN_STEPS := --steps 3000
+TOKENIZER_STEPS := --steps 5000
+HNT_STEPS := --steps 3000
+STAGE2_STEPS := --steps 1500
+AR_STEPS := --steps 3500
+MASKGIT_STEPS := --steps 4000
+else
+OUT ?= out/toy
+endif
+
+# Several busy programs on few cores: threads that sleep while they wait leave the core to those that work
+export OMP_WAIT_POLICY ?= PASSIVE
+
+FLAGS = --config toy --data $(DATA) --out $(OUT) --seed $(SEED) --resume
+
+.PHONY: demo test clean
+demo: .venv/ready
+	$(PY) data.py --data $(DATA)
+	$(PY) vqgan.py $(FLAGS) $(VQGAN_STEPS)
+	$(PY) tokenizer.py $(FLAGS) --tokens 8 $(TOKENIZER_STEPS)
+	$(PY) hnt.py $(FLAGS) --tokens 16 $(HNT_STEPS)
+	$(PY) tokenizer.py $(FLAGS) --tokens 16 --stage 2 $(STAGE2_STEPS)
+	$(PY) generator.py $(FLAGS) --mode ar $(AR_STEPS)
+	$(PY) generator.py $(FLAGS) --mode maskgit $(MASKGIT_STEPS)
+	$(PY) evaluate.py report --config toy --data $(DATA) --out $(OUT) --seed $(SEED)
+
+test: .venv/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check pytest
+	$(PY) -m pytest -q test_all.py
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch .venv/ready
+
+clean:
+	rm -rf .venv out __pycache__ .pytest_cache

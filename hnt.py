@@ -1,0 +1,179 @@
+"""Hierarchical Native Training (section 3.2): grow a NativeTok of few tokens into one of many, and train the new part.
+
+    python tokenizer.py --tokens 8      # first a short one, all of it
+    python hnt.py --tokens 16           # then this: toy 8 -> 16
+    torchrun --nproc_per_node=4 hnt.py --tokens 64      # full: 32 -> 64, and again with --tokens 128
+
+Experts are independent modules, and expert i reads only what experts before it wrote. So a NativeTok of 16 tokens can
+keep the first 8 experts of a trained one as they are: their tokens come out the same, to the bit. Growing is surgery on
+the state dict (`grow`): MIT and experts 0 .. 7 are kept, expert 8 + j starts as a copy of expert j. Then
+
+    for 90 % of the steps   new experts and token decoder train; MIT, old experts, pad token, quantizer are frozen
+    for the last 10 %       everything trains
+
+Frozen modules get no gradient and build no graph: torch records nothing for a module whose parameters and inputs need no
+gradient. So a frozen step is cheaper (the paper: 1.15 s instead of 1.53 s), which this script prints at the end.
+
+--strategy (Table 3b):  full             random weights, everything trains: what HNT is compared with
+                        reuse            grow, and stay frozen to the end
+                        reuse+finetune   grow, 90 % frozen, then everything (default)
+
+Letters as in tokenizer.py: B batch, L tokens, D width of the decoder.
+"""
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data
+import tokenizer
+import trainer
+import vqgan
+from tokenizer import NativeTok, Stage1, TokenizerConfig
+from trainer import BadInput, TrainConfig
+
+STRATEGIES = ("full", "reuse", "reuse+finetune")
+FROZEN_SHARE = 0.9      # of the steps, under reuse+finetune (section 3.2)
+TRAINING = {
+    "toy": TrainConfig(steps=600, batch_size=32, learning_rate=1e-3, end_learning_rate=5e-5, warmup=20, ema=0.99,
+                       workers=0, log_every=20, save_every=200, preview_every=200),
+    "full": TrainConfig(steps=450_000),     # appendix F.1
+}
+
+
+def grow(state_dict, old_tokens, new_tokens):
+    """The state dict of a NativeTok of old_tokens -> one of new_tokens, whose first old_tokens tokens are the same.
+
+    Expert old + j and its row in the decoder's latent positions start as copies of those of token j (of j modulo old,
+    where new > 2 old). Everything else is taken over. Raises BadInput unless new_tokens > old_tokens.
+    """
+    if new_tokens <= old_tokens:
+        raise BadInput(f"--tokens {new_tokens}: HNT grows; the tokenizer it starts from has {old_tokens} tokens already")
+    origin = [i if i < old_tokens else (i - old_tokens) % old_tokens for i in range(new_tokens)]    # token -> its model
+    grown = {}
+    for key, value in state_dict.items():
+        if key == "decoder.latent_positions":
+            grown[key] = value[:, origin].clone()                           # [1, new, D]
+        elif not key.startswith("mocet.experts."):
+            grown[key] = value.clone()
+    for token, source in enumerate(origin):
+        prefix = f"mocet.experts.{source}."
+        for key, value in state_dict.items():
+            if key.startswith(prefix):
+                grown[f"mocet.experts.{token}.{key[len(prefix):]}"] = value.clone()
+    return grown
+
+
+def freeze_reused(model, reused_tokens):
+    """Freeze what decides the first reused_tokens codes: MIT, experts before reused_tokens, pad token, quantizer.
+
+    What is left to train: the new experts and the token decoder (56 % of NativeTok-64, 55 % of NativeTok-128).
+    """
+    for part in (model.mit, *model.mocet.experts[:reused_tokens], model.to_code, model.quantizer):
+        part.requires_grad_(False)
+    model.mocet.pad_token.requires_grad_(False)
+
+
+def unfreeze(model):
+    """Everything trains, but for the VQGAN's codebook and decoder, which only stage 2 touches."""
+    for part in (model.mit, model.mocet, model.to_code, model.quantizer, model.decoder):
+        part.requires_grad_(True)
+
+
+def find_source(args, tokens):
+    """The checkpoint to grow: --source, or the longest shorter nativetok_N.pt in the folder."""
+    if args.source:
+        return args.source
+    found = [(int(m[1]), p) for p in args.out.glob("nativetok_*.pt") if (m := re.fullmatch(r"nativetok_(\d+)", p.stem))]
+    shorter = [pair for pair in found if pair[0] < tokens]
+    if not shorter:
+        raise BadInput(f"{args.out}: no NativeTok of fewer than {tokens} tokens there to grow. Train it first: "
+                       f"python tokenizer.py --tokens {max(1, tokens // 2)}")
+    return max(shorter)[1]
+
+
+def step_ratio(log_path):
+    """Seconds of a frozen step / seconds of a full step, medians over the log's lines; None if one kind is missing."""
+    lines = [line for line in trainer.read_log(log_path) if "step_seconds" in line]
+    frozen = [line["step_seconds"] for line in lines if line["frozen"] == 1.0]
+    full = [line["step_seconds"] for line in lines if line["frozen"] == 0.0]
+    if not frozen or not full:
+        return None
+    return float(torch.tensor(frozen).median() / torch.tensor(full).median())
+
+
+def train(args):
+    teacher = vqgan.load_vqgan(args.vqgan or args.out / "vqgan.pt")
+    tokens = args.tokens or {"toy": 16, "full": 64}[args.config]
+    source_path = find_source(args, tokens)
+    source = tokenizer.load_tokenizer(source_path)
+    if source.config.model != "nativetok":
+        raise BadInput(f"{source_path}: a {source.config.model}; HNT grows experts, and only NativeTok has them")
+    config, reused = replace(source.config, tokens=tokens), source.config.tokens
+    training = trainer.override(TRAINING[args.config], args)
+    grown = grow(source.state_dict(), reused, tokens)
+    suffix = "" if args.strategy == "reuse+finetune" else f"_{args.strategy}"
+    run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config, training)
+    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
+    originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
+
+    teacher = teacher.to(run.device).requires_grad_(False)
+    model = NativeTok(config)
+    if args.strategy == "full":     # random weights, but for the VQGAN's part
+        grown = {**model.state_dict(), **{k: v for k, v in grown.items() if k.startswith("pixel_")}}
+    model.load_state_dict(grown)
+    model = model.to(run.device)
+
+    frozen_steps = {"full": 0, "reuse": training.steps, "reuse+finetune": int(FROZEN_SHARE * training.steps)}
+    frozen_steps = frozen_steps[args.strategy]
+    frozen = 0 < frozen_steps >= run.step       # a checkpoint of the last frozen step holds the frozen optimizer
+    if frozen:
+        freeze_reused(model, reused)
+    stage = run.parallel(Stage1(model))
+    optimizer = run.adamw(model.parameters())   # holds what trains and nothing else
+    ema = trainer.Ema(model, training.ema)
+    run.track(model=model, optimizer=optimizer, ema=ema)
+    run.say(f"{source_path}: {reused} tokens, grown to {tokens}; {args.strategy}: frozen for the first {frozen_steps} of "
+            f"{training.steps} steps")
+    batches = data.batches(train_set, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world,
+                           training.workers)
+
+    for step in run.steps():
+        started = time.perf_counter()
+        if frozen and step == frozen_steps:     # the last 10 %: everything trains, under a new optimizer
+            frozen = False
+            unfreeze(model)
+            stage = run.parallel(Stage1(model))
+            optimizer = run.adamw(model.parameters())
+            run.track(optimizer=optimizer)
+        run.set_learning_rate(optimizer, step)
+        optimizer.zero_grad()
+        loss, parts, z, codes = tokenizer.stage1_gradients(run, stage, teacher, batches)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+        optimizer.step()
+        model.quantizer.track_usage(z, codes)   # counted, never revived: moving a code would change the old tokens
+        ema.update(model)
+        run.log(step, loss=loss, grad_norm=grad_norm, **parts, **model.quantizer.use(), frozen=float(frozen),
+                step_seconds=time.perf_counter() - started)
+        if run.preview(step):
+            tokenizer.save_preview(ema.model, originals, run.path.with_name(f"{run.path.stem}_preview.png"))
+    ratio = step_ratio(run.log_path)
+    if ratio:
+        run.say(f"a frozen step took {ratio:.2f} times as long as a full one")
+
+
+def main():
+    parser = trainer.command_line(__doc__, TrainConfig)
+    parser.add_argument("--tokens", type=int, default=None, help="L to grow to")
+    parser.add_argument("--source", metavar="FILE", type=Path, help="the tokenizer to grow; default: the longest "
+                        "shorter nativetok_N.pt in the results folder")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="reuse+finetune", help="Table 3b, see above")
+    parser.add_argument("--vqgan", metavar="FILE", type=Path, help="the stage 0 checkpoint, default OUT/vqgan.pt")
+    train(trainer.parse(parser))
+
+
+if __name__ == "__main__":
+    trainer.launch(main)
