@@ -83,6 +83,26 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The images that are scored
+
+def spread_indices(dataset, limit):
+    """`limit` indices (or all) spread evenly over a set: a folder's images are sorted by class."""
+    return np.linspace(0, len(dataset), min(limit, len(dataset)), endpoint=False).astype(int)
+
+
+def spread(dataset, limit):
+    """The images of spread_indices: yields (images [BATCH, 3, H, W], labels [BATCH]), the last batch may be shorter."""
+    indices = spread_indices(dataset, limit)
+    return data.read(dataset, [(rows, rows) for rows in np.split(indices, range(BATCH, len(indices), BATCH))], None, 0)
+
+
+def without_border(images, border):
+    """Cut `border` pixels of padding off each side: [B, 3, H, W] -> [B, 3, H - 2 border, W - 2 border]."""
+    height, width = images.shape[-2:]
+    return images[..., border:height - border, border:width - border]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The FD-classifier: the network that looks at the pictures
 
 class FDClassifier(nn.Module):
@@ -107,12 +127,6 @@ class FDClassifier(nn.Module):
 
     def forward(self, images):
         return self.head(self.features(images))         # [B, classes]
-
-
-def without_border(images, border):
-    """Cut `border` pixels of padding off each side: [B, 3, H, W] -> [B, 3, H - 2 border, W - 2 border]."""
-    height, width = images.shape[-2:]
-    return images[..., border:height - border, border:width - border]
 
 
 def fd_classifier(train_set, test_set, path, device="cpu", steps=900, batch_size=128):
@@ -142,7 +156,7 @@ def fd_classifier(train_set, test_set, path, device="cpu", steps=900, batch_size
             optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
     model.eval().requires_grad_(False)
     right = [model(without_border(images.to(device), test_set.border)).argmax(1).cpu() == labels
-             for images, labels in data.all_images(test_set, BATCH, limit=10_000)]
+             for images, labels in spread(test_set, 10_000)]
     accuracy = torch.cat(right).float().mean().item()
     checkpoint = {"stage": "fd_classifier", "model": model.state_dict(), "step": steps, "test_accuracy": accuracy,
                   "config": {"made_of": made_of}}

@@ -106,7 +106,7 @@ def step_ratio(log_path):
 
 
 def train(args):
-    teacher = vqgan.load_vqgan(args.vqgan or args.out / "vqgan.pt")
+    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt")
     tokens = args.tokens or {"toy": 16, "full": 64}[args.config]
     source_path = find_source(args, tokens)
     source = tokenizer.load_tokenizer(source_path)
@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--source", metavar="FILE", type=Path, help="the tokenizer to grow; default: the longest "
                         "shorter nativetok_N.pt in the results folder")
     parser.add_argument("--strategy", choices=STRATEGIES, default="reuse+finetune", help="Table 3b, see above")
-    parser.add_argument("--vqgan", metavar="FILE", type=Path, help="the stage 0 checkpoint, default OUT/vqgan.pt")
+    parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file", help="the stage 0 checkpoint, default OUT/vqgan.pt")
     train(trainer.parse(parser))
 
 

@@ -420,10 +420,10 @@ def save_preview(model, originals, path):
 
 
 def train_stage1(args):
-    teacher = vqgan.load_vqgan(args.vqgan or args.out / "vqgan.pt")
     preset = args.config if getattr(args, "model", "nativetok") == "nativetok" else f"titok_{args.config}"
-    config = replace(trainer.override(PRESETS[preset], args), vqgan=teacher.config)
-    training = trainer.override(TRAINING[args.config, 1], args)
+    config, training = trainer.override(PRESETS[preset], args), trainer.override(TRAINING[args.config, 1], args)
+    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt")
+    config = replace(config, vqgan=teacher.config)
     run = trainer.Run(args, "tokenizer", checkpoint_name(config), config, training)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
@@ -575,7 +575,7 @@ def reconstruct(args):
 def main():
     parser = trainer.command_line(__doc__, TokenizerConfig, TrainConfig, Stage2Config)
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="1: predict codes; 2: decoder fine-tune")
-    parser.add_argument("--vqgan", metavar="FILE", type=Path, help="the stage 0 checkpoint, default OUT/vqgan.pt")
+    parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file", help="the stage 0 checkpoint, default OUT/vqgan.pt")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path,
                         help="the tokenizer that --stage 2 starts from, or that --reconstruct uses")
     parser.add_argument("--convnext", metavar="FILE", default="weights/convnext_small.pth",

@@ -307,6 +307,9 @@ class Run:
         self.sums, self.bad_step = {}, None
         self.logged_at = self.saved_at = -1
         self.board = self._tensorboard() if args.tensorboard and self.main else None
+        if self.main:                     # found out now, not after an hour at the first checkpoint
+            write_atomically(self.path.with_suffix(".probe"), lambda temporary: temporary.write_bytes(b""))
+            self.path.with_suffix(".probe").unlink()
 
     def _existing_results(self):
         """The checkpoint to go on from, or None."""
@@ -396,7 +399,6 @@ class Run:
     def steps(self):
         """Yield the steps still to do; save every so often, at the end, and on Ctrl-C."""
         if self.main:
-            self.args.out.mkdir(parents=True, exist_ok=True)
             self._cut_log()
         signals = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(s, self._ask_to_stop) for s in signals]

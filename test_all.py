@@ -1,0 +1,1411 @@
+"""The test suite: properties rather than snapshots. python -m pytest -q test_all.py (make test installs what it needs).
+
+Order: what all tests use; the model; growth; training as real processes (resume, interrupt, ranks); data; generators;
+scores; bad input, one line each. Scripts are run as a user runs them, in a folder `toy` that is made once, a few steps a
+stage, on `shapes`, so that nothing is downloaded.
+"""
+import copy
+import gzip
+import hashlib
+import http.server
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import evaluate
+import generator
+import hnt
+import tokenizer
+import trainer
+import vqgan
+from generator import GeneratorConfig
+from tokenizer import TokenizerConfig
+from trainer import BadInput
+from vqgan import ConvNeXtSmall, VectorQuantizer, VQGANConfig, load_maskgit_vqgan
+
+ROOT = Path(__file__).resolve().parent
+
+
+def run(command, code=0, cwd=ROOT, **environment):
+    """Run a command line of the README through the shell; its output. Fails unless it exits with code."""
+    command = re.sub(r"^python ", f"{sys.executable} ", command)
+    command = re.sub(r"^torchrun ", f"{sys.executable} -m torch.distributed.run ", command)
+    done = subprocess.run(command, shell=True, cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment})
+    output = done.stdout + done.stderr
+    assert done.returncode == code, f"{command}\nexit code {done.returncode}, wanted {code}\n{output[-3000:]}"
+    return output
+
+
+def refused(command, *words, **kwargs):
+    """The command ends with exit code 2 and one line on the screen that has all the words, and no traceback."""
+    output = run(command, code=2, **kwargs)
+    assert "Traceback" not in output, output
+    line = output.strip().splitlines()[-1]
+    for word in words:
+        assert word in line, f"{word!r} not in: {line}"
+    return line
+
+
+SMALL = "--config toy --data shapes --log_every 2 --preview_every 100 --batch_size 8"
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A results folder with every stage in it, a few steps each, made with the README's commands."""
+    out = tmp_path_factory.mktemp("toy")
+    run(f"python vqgan.py {SMALL} --out {out} --steps 4")
+    run(f"python tokenizer.py {SMALL} --out {out} --steps 4 --tokens 2")
+    run(f"python hnt.py {SMALL} --out {out} --steps 4 --tokens 4 --strategy reuse")
+    run(f"python hnt.py {SMALL} --out {out} --steps 10 --tokens 4")
+    run(f"python tokenizer.py {SMALL} --out {out} --steps 4 --tokens 4 --stage 2")
+    run(f"python generator.py {SMALL} --out {out} --steps 4 --tokens 4 --mode ar")
+    run(f"python generator.py {SMALL} --out {out} --steps 4 --tokens 4 --mode maskgit")
+    return out
+
+
+def equal(a, b):
+    """Two checkpoints (nested dicts and lists) equal bit for bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model (tokenizer.py)
+
+TINY_VQGAN = VQGANConfig(image_size=16, channels=8, channel_mult=(1, 1, 2), res_blocks=1, code_dim=4, codebook_size=16,
+                         l2_norm=True, norm_groups=4)
+TINY = TokenizerConfig(tokens=4, patch_size=8, width=32, encoder_layers=2, decoder_layers=1, heads=2, expert_width=16,
+                       expert_heads=2, code_dim=4, codebook_size=32, vqgan=TINY_VQGAN)
+
+
+def tiny(model="nativetok", seed=0, **changes):
+    torch.manual_seed(seed)
+    return tokenizer.build(replace(TINY, model=model, **changes)).eval()
+
+
+def pictures(n=3, size=16, seed=1):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_token_i_does_not_depend_on_later_experts():
+    model, images = tiny(), pictures()
+    before, codes = model.latents(images), model.encode(images)
+    for i in range(1, TINY.tokens):
+        changed = copy.deepcopy(model)
+        for expert in changed.mocet.experts[i:]:
+            for p in expert.parameters():
+                p.data += torch.randn_like(p)
+        after = changed.latents(images)
+        assert torch.equal(after[:, :i], before[:, :i]) and torch.equal(changed.encode(images)[:, :i], codes[:, :i])
+        assert not torch.allclose(after[:, i:], before[:, i:])
+
+
+def test_later_tokens_read_earlier_ones():
+    model, images = tiny(), pictures()
+    before = model.latents(images)
+    model.mocet.experts[0].blocks[-1].mlp[-1].bias.data += torch.randn(16)     # moves z_0 and nothing else directly
+    moved = (model.latents(images) - before).abs().amax((0, 2))
+    assert (moved > 1e-5).all()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_fast_mocet_equals_plain_in_outputs_and_gradients(layers):
+    torch.manual_seed(0)
+    mocet = tokenizer.MoCET(tokens=5, width=16, heads=2, layers=layers).double()
+    x_latent = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(2, 5, 16, dtype=torch.float64)
+    inputs = [x_latent, *mocet.parameters()]
+    results = []
+    for forward in (mocet.forward_plain, mocet.forward):
+        z = forward(x_latent)
+        results.append([z, *torch.autograd.grad((z * target).sum(), inputs)])
+    for plain, fast in zip(*results):
+        torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", tokenizer.MODELS)
+def test_decode_takes_any_prefix(model):
+    model, images = tiny(model), pictures()
+    codes = model.encode(images)
+    assert codes.shape == (3, 4) and codes.dtype == torch.int64
+    for k in range(0, 5):
+        for hard in (False, True):
+            decoded = model.decode_codes(codes[:, :k], hard=hard)
+            assert decoded.shape == images.shape and 0 <= decoded.min() and decoded.max() <= 1
+    with pytest.raises(BadInput, match="5 codes given"):
+        model.decode_codes(torch.zeros(1, 5, dtype=torch.int64))
+
+
+def test_hard_decode_paints_the_likeliest_codes():
+    model = tiny()
+    codes = torch.randint(32, (2, 4))
+    logits = model.decoder(model.quantizer.lookup(codes))
+    z_q = model.pixel_codebook(logits.argmax(-1)).transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(model.decode_codes(codes, hard=True), model.pixel_decoder(z_q).clamp(0, 1))
+
+
+@pytest.mark.parametrize("model,reaches", [("titok", True), ("titok_causal", False)])
+def test_causal_mask_really_masks(model, reaches):
+    model, images = tiny(model), pictures()
+    before = model.latents(images)
+    model.latent_tokens.data[:, 2] += torch.randn(32)
+    after = model.latents(images)
+    assert torch.equal(after[:, :2], before[:, :2]) != reaches
+    assert not torch.allclose(after[:, 2:], before[:, 2:])
+
+
+def test_only_the_encoder_differs_between_models():
+    a, b = tiny().state_dict(), tiny("titok").state_dict()
+    own = {k.split(".")[0] for k in a.keys() ^ b.keys()}
+    assert own == {"mit", "mocet", "encoder", "latent_tokens"}
+
+
+def test_parameter_counts_of_the_paper():
+    with torch.device("meta"):
+        for tokens, millions, share in ((32, 616.2, None), (64, 666.8, 0.562), (128, 768.0, 0.553)):
+            model = tokenizer.NativeTok(replace(tokenizer.PRESETS["full"], tokens=tokens))
+            assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+            if share:
+                hnt.freeze_reused(model, tokens // 2)
+                own = [p for name, p in model.named_parameters() if not name.startswith("pixel_")]
+                trained = sum(p.numel() for p in own if p.requires_grad)
+                assert trained / sum(p.numel() for p in own) == pytest.approx(share, abs=0.0005)
+        titok = tokenizer.TiTok(tokenizer.PRESETS["titok_full"])
+        assert sum(p.numel() for p in titok.parameters()) / 1e6 == pytest.approx(641.0, abs=0.06)
+
+
+def test_toy_baseline_has_as_many_parameters():
+    sizes = [sum(p.numel() for p in tokenizer.build(tokenizer.PRESETS[name]).parameters()) for name in ("toy", "titok_toy")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+
+
+def test_quantizer_gradient_and_losses():
+    quantizer = VectorQuantizer(8, 4, l2_norm=True)
+    z = torch.randn(5, 3, 4, requires_grad=True)
+    z_q, loss, codes = quantizer(z)
+    assert torch.allclose(z_q.norm(dim=-1), torch.ones(5, 3), atol=1e-5)
+    cosine = F.normalize(z, dim=-1) @ F.normalize(quantizer.embedding.weight, dim=-1).t()
+    assert torch.equal(codes, cosine.argmax(-1))
+    distance = (F.normalize(z, dim=-1) - z_q).square().mean()
+    assert loss.item() == pytest.approx(1.25 * distance.item(), rel=1e-4)         # codebook + 0.25 commitment
+    z_q.sum().backward()
+    assert z.grad.abs().sum() > 0                                                  # straight through
+
+
+def test_dead_codes_are_revived_and_backward_is_not_broken():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(32, 4, l2_norm=True)
+    quantizer.embedding.weight.data[8:] = -quantizer.embedding.weight.data[:1]      # 24 codes at one place
+    z = F.normalize(quantizer.embedding.weight[:1].detach() + 0.3 * torch.randn(4096, 4), dim=-1).requires_grad_()
+    quantizer(z)[1].backward()
+    for _ in range(400):
+        quantizer.track_usage(z, quantizer.codes(z), revive_below=0.1)
+    quantizer(z)[1].backward()
+    assert len(quantizer.codes(z).unique()) >= 28
+    assert quantizer.use()["perplexity"] > 16
+
+
+def test_stage2_leaves_codes_alone_and_trains_only_the_painters(toy):
+    one, two = load(toy / "nativetok_4.pt")["ema"]["model"], load(toy / "nativetok_4_stage2.pt")["model"]
+    for key in one:
+        painter = key.startswith(("decoder.", "pixel_decoder."))
+        if not painter:
+            assert key.endswith("usage") or torch.equal(one[key], two[key]), key
+    assert not torch.equal(one["decoder.embed.weight"], two["decoder.embed.weight"])
+    assert not torch.equal(one["pixel_decoder.conv_out.weight"], two["pixel_decoder.conv_out.weight"])
+
+
+def test_tokenizer_overfits_64_images():
+    torch.manual_seed(0)
+    images = torch.stack([torch.from_numpy(data.open_dataset("shapes", "train", 16).get(i)) for i in range(64)]) / 255
+    model = tokenizer.NativeTok(replace(TINY, tokens=4, width=64, expert_width=32, codebook_size=64, revive_below=0.1))
+    teacher = vqgan.VQGAN(TINY_VQGAN).eval()
+    targets = teacher.encode(images).flatten(1)                                    # [64, 16]
+    assert len(targets.unique()) > 4
+    stage, optimizer = tokenizer.Stage1(model), torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(700):
+        loss, parts, z, codes = stage(images, targets)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        model.quantizer.track_usage(z, codes, 0.1 if step < 400 else 0.0)
+    with torch.no_grad():
+        guess = model.decoder(model.quantizer.lookup(model.encode(images))).argmax(-1)
+    assert (guess == targets).float().mean() > 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 0 (vqgan.py) against the public networks
+
+def rule_weights(keys):
+    """Seeded weights by the rule that the golden numbers were made with: each entry from the CRC of its own name."""
+    weights = {}
+    for key, shape in keys.items():
+        n = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
+        if key.endswith("layer_scale"):
+            value = np.float32(0.1) * n
+        elif len(shape) >= 2:
+            value = n * np.float32(1 / math.sqrt(math.prod(shape[1:])))
+        else:
+            value = np.float32(0.02) * n if key.endswith("bias") else 1 + np.float32(0.02) * n
+        weights[key] = torch.from_numpy(np.asarray(value, dtype=np.float32))
+    return weights
+
+
+def asset_keys(name):
+    return json.loads((ROOT / "assets" / name).read_text())
+
+
+def test_maskgit_vqgan_golden():
+    golden = np.load(ROOT / "assets/maskgit_vqgan_golden.npz")
+    model = load_maskgit_vqgan(rule_weights(asset_keys("maskgit_vqgan_keys.json")))
+    image = torch.from_numpy(golden["image"])[None]
+    with torch.no_grad():
+        np.testing.assert_allclose(model.encoder(image)[0], golden["z"], atol=2e-5)
+        assert (model.encode(image)[0].numpy() == golden["codes"]).all()
+        z_q = model.quantize.lookup(torch.from_numpy(golden["codes"])[None]).permute(0, 3, 1, 2)
+        np.testing.assert_allclose(model.decoder(z_q)[0], golden["decoded"], atol=2e-4)
+
+
+def test_convnext_golden():
+    golden = np.load(ROOT / "assets/convnext_s_golden.npz")
+    model, images = ConvNeXtSmall(rule_weights(asset_keys("convnext_s_keys.json"))), torch.from_numpy(golden["images"])
+    with torch.no_grad():
+        np.testing.assert_allclose(model(images), golden["logits"], atol=1e-4)
+        np.testing.assert_allclose(model.logits((images - model.mean) / model.std), golden["logits_native"], atol=1e-4)
+        assert model.perceptual_loss(images[:1], images[1:2]).item() == pytest.approx(golden["perceptual_01"].item(), rel=1e-4)
+
+
+def test_weights_of_another_model_are_refused():
+    state = rule_weights(asset_keys("maskgit_vqgan_keys.json"))
+    state.pop("encoder.conv_in.weight")
+    state["decoder.conv_in.bias"] = torch.zeros(3)
+    with pytest.raises(BadInput, match="1 entries missing, 0 unknown, 1 of another shape"):
+        load_maskgit_vqgan(state)
+
+
+def test_discriminator_and_losses():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])
+    assert vqgan.hinge_loss(real, fake).item() == pytest.approx((0.25 + 0.5) / 2)
+    discriminator = vqgan.Discriminator(width=32)
+    assert discriminator(torch.rand(2, 3, 32, 32)).shape == (2, 1, 16, 16)
+    constant = discriminator.blur.sum().item()
+    assert constant == pytest.approx(1.0)
+    lecam = vqgan.LeCam(decay=0.5)
+    assert lecam(real, fake).item() == pytest.approx((real.square().mean() + fake.square().mean()).item())
+    assert lecam.real.item() == pytest.approx(real.mean().item() / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Growth (hnt.py)
+
+def grown_model(old, tokens, seed=0):
+    new = tokenizer.NativeTok(replace(old.config, tokens=tokens))
+    new.load_state_dict(hnt.grow(old.state_dict(), old.config.tokens, tokens))
+    return new.eval()
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 11])
+def test_grow_keeps_the_old_tokens_to_the_bit(tokens):
+    torch.set_num_threads(1)
+    old, images = tiny(), pictures(8)
+    new = grown_model(old, tokens)
+    assert torch.equal(new.latents(images)[:, :4], old.latents(images))
+    assert torch.equal(new.encode(images)[:, :4], old.encode(images))
+    for j in range(tokens - 4):
+        for a, b in zip(new.mocet.experts[4 + j].parameters(), old.mocet.experts[j % 4].parameters()):
+            assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+
+
+def test_old_codes_survive_frozen_training_and_frozen_tensors_too():
+    torch.set_num_threads(1)
+    old, images = tiny(), pictures(8)
+    model = grown_model(old, 8)
+    hnt.freeze_reused(model, 4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    before, latents = {k: v.clone() for k, v in model.state_dict().items()}, model.latents(images)
+    ema, stage = trainer.Ema(model, 0.9), tokenizer.Stage1(model)
+    for _ in range(5):
+        loss, _, z, codes = stage(images, torch.randint(16, (8, 16)))
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        model.quantizer.track_usage(z, codes)
+        ema.update(model)
+    for trained in (model, ema.model):
+        assert torch.equal(trained.latents(images)[:, :4], latents[:, :4])
+        assert torch.equal(trained.encode(images)[:, :4], old.encode(images))
+        assert not torch.equal(trained.latents(images)[:, 4:], latents[:, 4:])
+    still = [k for k in before if k.startswith(("mit.", "to_code.", "quantizer.embedding", "mocet.pad_token", "pixel_"))
+             or k.startswith(tuple(f"mocet.experts.{i}." for i in range(4)))]
+    assert len(still) > 50
+    for key in still:
+        assert torch.equal(model.state_dict()[key], before[key]) and torch.equal(ema.model.state_dict()[key], before[key])
+
+
+def test_what_trains_while_frozen():
+    model = grown_model(tiny(), 8)
+    hnt.freeze_reused(model, 4)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    want = {n for n, _ in model.named_parameters() if n.startswith(("decoder.", *(f"mocet.experts.{i}." for i in range(4, 8))))}
+    assert trains == want
+    hnt.unfreeze(model)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.startswith("pixel_")}
+
+
+def test_frozen_part_builds_no_graph():
+    model, images = grown_model(tiny(), 8), pictures()
+    hnt.freeze_reused(model, 4)
+    z = model.mocet(model.mit(images))
+    assert z.requires_grad and not model.mit(images).requires_grad
+    seen, stack = set(), [z.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [following for following, _ in node.next_functions]
+    leaves = {id(node.variable) for node in seen if hasattr(node, "variable")}
+    assert leaves == {id(p) for e in model.mocet.experts[4:] for p in e.parameters()}
+
+
+def test_grow_refuses_to_shrink():
+    with pytest.raises(BadInput, match="HNT grows"):
+        hnt.grow(tiny().state_dict(), 4, 4)
+
+
+def test_hnt_run_keeps_the_codes_until_its_last_tenth(toy):
+    """In the toy folder hnt.py grew 2 -> 4 tokens with strategy reuse, so frozen to the end."""
+    old, new = (tokenizer.load_tokenizer(toy / name) for name in ("nativetok_2.pt", "nativetok_4_reuse.pt"))
+    images = torch.stack([torch.from_numpy(data.open_dataset("shapes", "val", 32).get(i)) for i in range(16)]) / 255
+    assert torch.equal(new.encode(images)[:, :2], old.encode(images))
+    optimizer = torch.load(toy / "nativetok_4_reuse.pt", weights_only=True)["optimizer"]
+    held = sum(len(group["params"]) for group in optimizer["param_groups"])
+    hnt.freeze_reused(new.requires_grad_(True), 2)
+    assert held == sum(p.requires_grad for n, p in new.named_parameters() if not n.startswith("pixel_"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training as real processes (trainer.py)
+
+STAGES = {      # what each stage's checkpoint is called, and its command without the number of steps
+    "vqgan": "python vqgan.py",
+    "nativetok_3": "python tokenizer.py --tokens 3",
+    "nativetok_4": "python hnt.py --tokens 4",
+    "nativetok_4_stage2": "python tokenizer.py --tokens 4 --stage 2 --gan_start 2",
+    "ar_nativetok_4": "python generator.py --tokens 4 --mode ar",
+    "maskgit_nativetok_4": "python generator.py --tokens 4 --mode maskgit",
+}
+NEEDS = ("vqgan.pt", "perceptual.pt", "nativetok_2.pt", "nativetok_4.pt", "nativetok_4_stage2.pt")
+
+
+def folder_without(toy, target, name):
+    """A copy of what stage `name` needs from the toy folder."""
+    target.mkdir()
+    for file in NEEDS:
+        if file != f"{name}.pt" and not (name.startswith("nativetok_4_") and file == "nativetok_4_stage2.pt"):
+            (target / file).write_bytes((toy / file).read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_resume_is_bit_equal(toy, tmp_path, name):
+    """Interrupted after step 4 of 7 (for HNT 5 of 7, on the far side of its 90 % boundary) and resumed: all equal."""
+    whole, parts = (folder_without(toy, tmp_path / f, name) for f in ("whole", "parts"))
+    command = f"{STAGES[name]} {SMALL} --seed 3 --dropout 0.1" if name.startswith("ar_") else f"{STAGES[name]} {SMALL} --seed 3"
+    run(f"{command} --out {whole} --steps 7")
+    # --save_every 4 leaves a checkpoint of step 4; the interrupt comes at a step of its own choosing after that
+    process = subprocess.Popen(re.sub("^python", sys.executable, f"{command} --out {parts} --steps 7 --save_every 2"),
+                               shell=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "NATIVETOK_TEST": "1"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    checkpoint = parts / f"{name}.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    step = load(checkpoint)["step"]
+    assert step == 7 or (process.returncode == 130 and f"holds step {step} of 7" in output), output
+    run(f"{command} --out {parts} --steps 7 --resume")
+    a, b = load(whole / f"{name}.pt"), load(checkpoint)
+    a["training"].pop("save_every"), b["training"].pop("save_every")
+    assert a["step"] == b["step"] == 7
+    assert {"model", "ema", "optimizer", "random", "config", "training", "seed"} <= a.keys()
+    assert equal(a, b), [k for k in a if not equal(a[k], b[k])]
+    steps = [line["step"] for line in trainer.read_log(parts / f"{name}.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == 7
+
+
+def test_a_kill_during_a_save_leaves_the_last_checkpoint(tmp_path):
+    path = tmp_path / "x.pt"
+    trainer.write_atomically(path, lambda p: torch.save({"a": 1}, p))
+
+    def breaks(temporary):
+        temporary.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(BadInput, match="No space left on device.*unchanged"):
+        trainer.write_atomically(path, breaks)
+    assert load(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_finished_and_unfinished_runs_are_not_overwritten(toy, tmp_path):
+    before = (toy / "vqgan.pt").read_bytes()
+    assert "complete (4 steps); --overwrite" in run(f"python vqgan.py {SMALL} --out {toy} --steps 4")
+    assert "complete (4 steps); --overwrite" in run(f"python vqgan.py {SMALL} --out {toy} --steps 4 --resume")
+    refused(f"python vqgan.py {SMALL} --out {toy} --steps 6", "step 4 of 6", "--resume", "--overwrite")
+    refused(f"python vqgan.py {SMALL} --out {toy} --steps 4 --seed 5", "seed=0, not 5", "--overwrite")
+    assert (toy / "vqgan.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path):
+    out = folder_without(toy, tmp_path / "out", "vqgan")
+    run(f"python vqgan.py {SMALL} --out {out} --steps 2")
+    good = (out / "vqgan.pt").read_bytes()
+    line = refused(f"python vqgan.py {SMALL} --out {out} --steps 40 --resume --learning_rate 2e-3 --clip nan",
+                   "vqgan.pt: was made with clip=1.0, not nan")
+    line = refused(f"python vqgan.py {SMALL} --out {out} --steps 40 --overwrite --clip nan --save_every 1",
+                   "not finite at step", "keeps the last good checkpoint")
+    assert re.search(r"at step \d+;", line)
+    kept = load(out / "vqgan.pt")
+    assert all(torch.isfinite(v).all() for v in kept["model"].values()) or kept["step"] <= 1
+
+
+def equal_steps(a, b):
+    """Weights equal to 1e-6 after the same steps. A key's bias moves nothing (the softmax cancels it), so its gradient is
+    rounding noise, which AdamW blows up: left out. So is the use of codes, counted on the last piece of a batch."""
+    for key in a:
+        left, right = a[key], b[key]
+        if key.endswith("qkv.bias"):
+            left, right = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (left, right))
+        if not key.endswith("usage"):
+            torch.testing.assert_close(left, right, rtol=0, atol=1e-6, msg=key)
+
+
+def test_two_ranks_with_half_the_batch_each_take_the_step_of_one(toy, tmp_path):
+    """gloo, two real processes. Dropout and random masks are off: those differ between ranks by design."""
+    commands = {"nativetok_4": "tokenizer.py --tokens 4 --revive_below 0", "ar_nativetok_4": "generator.py --tokens 4 "
+                "--mode ar --dropout 0 --class_dropout 0"}
+    for name, command in commands.items():
+        states = []
+        for ranks in (1, 2):
+            out = folder_without(toy, tmp_path / f"{name}_{ranks}", name)
+            run(f"torchrun --nproc_per_node={ranks} --master_port={29511 + ranks} {command} {SMALL} --out {out} "
+                f"--steps 2 --learning_rate 1e-4 --warmup 1")
+            states.append(load(out / f"{name}.pt"))
+        one, two = states
+        assert len(two["random"]) == 2 and not torch.equal(two["random"][0]["cpu"], two["random"][1]["cpu"])
+        moved = max((one["model"][k] - one["ema"]["model"][k]).abs().max().item() for k in one["model"])
+        assert moved > 1e-5
+        equal_steps(two["model"], one["model"])
+
+
+def test_accumulated_pieces_equal_the_whole_batch(toy, tmp_path):
+    states = []
+    for pieces in (1, 4):
+        out = folder_without(toy, tmp_path / str(pieces), "nativetok_3")
+        run(f"python tokenizer.py --tokens 3 {SMALL} --out {out} --steps 2 --accumulate {pieces} --revive_below 0 "
+            f"--learning_rate 1e-4 --warmup 1")
+        states.append(load(out / "nativetok_3.pt")["model"])
+    equal_steps(*states)
+
+
+def test_schedule_is_warm_up_and_cosine():
+    class Args:
+        pass
+    run_ = trainer.Run.__new__(trainer.Run)
+    run_.training = trainer.TrainConfig(steps=100, warmup=10, learning_rate=1.0, end_learning_rate=0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
+
+    def rate(step):
+        run_.set_learning_rate(optimizer, step)
+        return optimizer.param_groups[0]["lr"]
+
+    assert rate(0) == pytest.approx(0.1) and rate(9) == pytest.approx(1.0) and rate(10) == pytest.approx(1.0)
+    assert rate(55) == pytest.approx(0.55) and rate(100) == pytest.approx(0.1)
+    assert all(rate(s) >= rate(s + 1) for s in range(10, 100))
+
+
+def test_every_field_is_a_flag_with_its_comment_as_help():
+    for script, classes in {"vqgan": [VQGANConfig], "tokenizer": [TokenizerConfig, tokenizer.Stage2Config],
+                            "generator": [generator.GeneratorConfig], "hnt": []}.items():
+        text = run(f"python {script}.py -h")
+        for cls in [*classes, trainer.TrainConfig]:
+            for field in cls.__dataclass_fields__.values():
+                if field.type is not VQGANConfig:
+                    assert f"--{field.name}" in text, (script, field.name)
+        assert "smallest" not in text and "AdamW" in text and "--resume" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2, no traceback, nothing half-written
+
+def test_bad_flags(tmp_path):
+    refused("python tokenizer.py --token 16", "--token", "Did you mean --tokens")
+    refused("python tokenizer.py --model nativetoc", "'nativetoc'", "Did you mean nativetok")
+    refused("python tokenizer.py --tokens many", "--tokens", "invalid int value")
+    refused("python generator.py --mode arr", "'arr'", "Did you mean ar")
+    refused("python hnt.py --strategy reus", "Did you mean reuse")
+    refused("python tokenizer.py --device cuda", "no CUDA device is present")
+    refused("python tokenizer.py --device gpu", "'gpu'", "cpu, cuda")
+    refused(f"python vqgan.py --config toy --image_size 30 --out {tmp_path}", "--image_size 30", "multiple of 4")
+    refused(f"python vqgan.py --config toy --batch_size 9 --accumulate 2 --out {tmp_path}", "--batch_size 9")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_out_of_order(tmp_path):
+    refused(f"python tokenizer.py --config toy --out {tmp_path}", "vqgan.pt: not found", "python vqgan.py")
+    refused(f"python hnt.py --config toy --out {tmp_path}", "python vqgan.py")
+    refused(f"python generator.py --config toy --mode ar --out {tmp_path}", "python tokenizer.py --tokens 16")
+    refused(f"python generator.py --config toy --mode ar --sample 4 --out {tmp_path}", "python tokenizer.py --tokens 16")
+    refused(f"python tokenizer.py --config toy --reconstruct x.png --out {tmp_path}", "python tokenizer.py --tokens 16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_checkpoints(toy, tmp_path):
+    out = folder_without(toy, tmp_path / "out", "nativetok_4_stage2")
+    refused(f"python tokenizer.py {SMALL} --out {out} --vqgan {out}/nativetok_4.pt", "stage 'tokenizer', wanted 'vqgan'")
+    refused(f"python generator.py {SMALL} --mode ar --out {out} --tokenizer {out}/perceptual.pt", "wanted 'tokenizer'")
+    (out / "cut.pt").write_bytes((out / "vqgan.pt").read_bytes()[:-5000])
+    (out / "text.pt").write_text("not a checkpoint")
+    torch.save({"hello": 1}, out / "other.pt")
+    for name, words in (("cut", "cut short"), ("text", "not a checkpoint"), ("other", "not a checkpoint of this project"),
+                        ("absent", "not found")):
+        refused(f"python tokenizer.py {SMALL} --out {out} --vqgan {out}/{name}.pt", f"{name}.pt", words)
+    other = load(out / "vqgan.pt")
+    other["config"]["channels"] = 16
+    torch.save(other, out / "size.pt")
+    refused(f"python tokenizer.py {SMALL} --out {out} --vqgan {out}/size.pt", "size.pt", "of another shape")
+    refused(f"python hnt.py {SMALL} --out {out} --tokens 2 --source {out}/nativetok_4.pt", "--tokens 2", "HNT grows")
+    refused(f"python hnt.py {SMALL} --out {out} --tokens 2", "fewer than 2 tokens", "python tokenizer.py --tokens 1")
+
+
+def test_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(f"python vqgan.py {SMALL} --out {tmp_path}/file/out --steps 2", "--out")
+    refused(f"python vqgan.py {SMALL} --out /proc/nothing --steps 2", "/proc/nothing", "--out")
+
+
+def test_full_disk(toy, tmp_path):
+    """A limit on the size of files stands for the full disk: the old checkpoint stays whole."""
+    out = folder_without(toy, tmp_path / "out", "nativetok_3")
+    run(f"python tokenizer.py --tokens 3 {SMALL} --out {out} --steps 1 --save_every 1")
+    before = (out / "nativetok_3.pt").read_bytes()
+    refused(f"ulimit -f 2000; {sys.executable} tokenizer.py --tokens 3 {SMALL} --out {out} --steps 2 --resume",
+            "nativetok_3.pt: cannot be written", "unchanged")
+    assert (out / "nativetok_3.pt").read_bytes() == before and not list(out.glob("*.writing"))
+
+
+def test_missing_optional_weights(toy, tmp_path):
+    out = folder_without(toy, tmp_path / "out", "nativetok_4_stage2")
+    refused(f"python tokenizer.py {SMALL} --out {out} --tokens 4 --stage 2 --perceptual convnext", "convnext_small",
+            "--perceptual none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands that write pictures
+
+def test_reconstruct_and_sample(toy, tmp_path):
+    image = tmp_path / "a b.PNG"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(image)
+    output = run(f"python tokenizer.py --config toy --out {toy} --tokens 4 --reconstruct '{image}' '{image}'")
+    codes = [line.split(": ")[1] for line in output.splitlines() if line.startswith(str(image))]
+    assert len(codes) == 2 and codes[0] == codes[1] and len(codes[0].split()) == 4
+    assert Image.open(toy / "reconstruct.png").width > 200
+    command = f"python generator.py --config toy --out {toy} --tokens 4 --mode ar --sample 6 --seed 1"
+    one = run(f"{command} --classes 3,5 --output {tmp_path}/a.png")
+    run(f"{command} --classes 3,5 --output {tmp_path}/b.png")
+    run(f"{command} --classes 3,5 --seed 2 --output {tmp_path}/c.png")
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b and a != c and str(tmp_path / "a.png") in one
+    run(f"{command} --separate --output {tmp_path}/many")
+    assert len(list((tmp_path / "many").glob("*.png"))) == 6
+    refused(f"{command} --classes circel", "circel", "circle")
+    refused(f"python tokenizer.py --config toy --out {toy} --tokens 4 --reconstruct {tmp_path}/none.png", "none.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data (data.py)
+
+@pytest.fixture(autouse=True)
+def fresh_lines():
+    data.say.cache_clear()              # so that each test sees the lines that are said once
+    data.find_fashion.cache_clear()
+
+
+def picture(seed, height=40, width=50):
+    """A smooth colour picture, so that lossy formats and resizing change it little."""
+    corners = torch.rand(1, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(corners, (height, width), mode="bilinear", align_corners=True)[0]
+    return Image.fromarray((smooth * 255).byte().permute(1, 2, 0).numpy())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ with 3 classes of 8, val/ with 3 of 2."""
+    for split, count in (("train", 8), ("val", 2)):
+        for label, name in enumerate(("ant", "bee", "cat")):
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture(100 * label + i).save(tmp_path / "pictures" / split / name / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def take(source, count):
+    return list(itertools.islice(source, count))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for pair in zip(a, b) for x, y in zip(*pair))
+
+
+# -- order ------------------------------------------------------------------------------------------------------------
+
+def test_every_epoch_is_another_permutation():
+    steps = take(data.row_order(10, 3, seed=0), 6)
+    for epoch in (0, 1):
+        rows = np.concatenate([indices for _, indices in steps[3 * epoch:3 * epoch + 3]])
+        assert len(set(rows)) == 9
+        assert {int(e) for epochs, _ in steps[3 * epoch:3 * epoch + 3] for e in epochs} == {epoch}
+    assert not np.array_equal(steps[0][1], steps[3][1])
+    assert not np.array_equal(steps[0][1], next(data.row_order(10, 3, seed=1))[1])
+
+
+def test_fewer_images_than_a_batch():
+    for epochs, indices in take(data.row_order(3, 8, seed=0), 4):
+        assert len(indices) == 8 and set(indices) == {0, 1, 2} and len({*zip(epochs.tolist(), indices.tolist())}) == 8
+
+
+def test_order_does_not_depend_on_workers_ranks_or_resuming(folder):
+    dataset = data.open_dataset(str(folder), "train", 16, augment=True)
+    plain = take(data.batches(dataset, 8, seed=3), 7)                                    # more than two epochs
+    assert plain[0][0].shape == (8, 3, 16, 16)
+    assert plain[0][0].dtype == torch.float32 and plain[0][1].dtype == torch.int64
+    assert 0 <= plain[0][0].min() and plain[0][0].max() <= 1
+    state = torch.get_rng_state()
+    assert same(plain, take(data.batches(dataset, 8, seed=3, workers=2), 7))
+    assert torch.equal(state, torch.get_rng_state())                                     # a resumed run depends on it
+    assert same(plain[5:], take(data.batches(dataset, 8, seed=3, step=5), 2))
+    parts = zip(*(take(data.batches(dataset, 8, seed=3, rank=r, world=2), 7) for r in (0, 1)))
+    assert same(plain, [tuple(map(torch.cat, zip(*pair))) for pair in parts])
+    assert not same(plain, take(data.batches(dataset, 8, seed=4), 7))
+    with pytest.raises(BadInput, match="does not divide"):
+        data.batches(dataset, 9, seed=0, world=2)
+
+
+def test_augmentation_changes_with_the_epoch_and_fixed_views_do_not(folder):
+    dataset = data.open_dataset(str(folder), "train", 16, augment=True)
+    views = [dataset.get(0, np.random.default_rng(seed)) for seed in range(8)]
+    assert len({view.tobytes() for view in views}) == 8
+    assert np.array_equal(dataset.get(0), dataset.get(0))
+    fixed = data.open_dataset(str(folder), "train", 16)
+    assert np.array_equal(fixed.get(0, np.random.default_rng(1)), dataset.get(0))
+
+
+def test_all_images_once_in_order(folder):
+    dataset = data.open_dataset(str(folder), "train", 16, augment=True)
+    seen = list(data.all_images(dataset, 7))
+    assert [len(images) for images, _ in seen] == [7, 7, 7, 3]
+    assert torch.equal(torch.cat([labels for _, labels in seen]), torch.from_numpy(dataset.labels))
+    assert same(seen, list(data.all_images(dataset, 7, workers=2)))
+    assert np.array_equal((seen[0][0][2] * 255).round().byte().numpy(), dataset.get(2))
+    assert sum(len(images) for images, _ in data.all_images(dataset, 7, limit=10)) == 10
+
+
+# -- kinds of data ----------------------------------------------------------------------------------------------------
+
+def test_shapes():
+    train, val = (data.open_dataset("shapes", split, 32) for split in ("train", "val"))
+    assert (len(train), len(val), len(train.classes), train.photographs) == (10_000, 2_000, 10, False)
+    assert train.get(7).shape == (3, 32, 32) and train.get(7).dtype == np.uint8 and train.labels.dtype == np.int64
+    assert np.array_equal(train.get(7), data.open_dataset("shapes", "train", 32).get(7))
+    assert not np.array_equal(train.get(7), val.get(7)) and train.fingerprint != val.fingerprint
+    assert np.bincount(val.labels).tolist() == [200] * 10
+    large = torch.from_numpy(data.open_dataset("shapes", "train", 128).get(3)).float()   # the same picture at any size
+    small = torch.from_numpy(train.get(3)).float()
+    assert (torch.nn.functional.avg_pool2d(large, 4) - small).abs().mean() < 6
+    assert train.get(3).reshape(3, -1).std(1).max() > 20                                 # there is something to see
+
+
+def write_idx(folder, count=20, compress=True):
+    """Files in Fashion-MNIST's format with random content; returns their checksums."""
+    rng, sums = np.random.default_rng(0), {}
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            content = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.tobytes()
+            name = f"{part}-{kind}-ubyte"
+            sums[name] = hashlib.sha256(content).hexdigest()
+            (folder / (name + ".gz" * compress)).write_bytes(gzip.compress(content) if compress else content)
+    return sums
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A machine without Fashion-MNIST, without connection and without apt."""
+    monkeypatch.setattr(data, "FASHION_FOLDER", tmp_path / "data" / "fashion-mnist")
+    monkeypatch.setattr(data, "FASHION_PLACES", [tmp_path / "data" / "fashion-mnist", tmp_path / "debian"])
+    monkeypatch.setattr(data.shutil, "which", lambda program: None)
+
+    def no_connection(*args, **kwargs):
+        raise data.urllib.error.URLError("no connection")
+    monkeypatch.setattr(data.urllib.request, "urlopen", no_connection)
+    return tmp_path
+
+
+@pytest.mark.parametrize("compress", (True, False))
+def test_fashion(nowhere, compress):
+    write_idx(nowhere / "debian", compress=compress)
+    dataset = data.open_dataset("auto", "val", 32)
+    assert (dataset.name, dataset.border, len(dataset), dataset.classes[8]) == ("fashion", 2, 20, "bag")
+    image = dataset.get(3)
+    assert image.shape == (3, 32, 32) and not image[:, :2].any() and not image[:, :, -2:].any()
+    assert np.array_equal(image[0, 2:-2, 2:-2], dataset.pixels[3])
+    assert data.open_dataset("fashion", "val", 28).get(3).shape == (3, 28, 28)
+    large = data.open_dataset("fashion", "val", 64)
+    assert large.get(3).shape == (3, 64, 64) and large.border == 0 and large.fingerprint != dataset.fingerprint
+    assert take(data.batches(dataset, 8, seed=0), 1)[0][0].shape == (8, 3, 32, 32)
+
+
+def test_damaged_idx_is_one_line(nowhere):
+    write_idx(nowhere / "debian")
+    file = nowhere / "debian" / "train-images-idx3-ubyte.gz"
+    content = file.read_bytes()
+    for bad in (content[:5000], b"hello", b"", gzip.compress(b"hello"), gzip.compress(gzip.decompress(content)[:-1])):
+        file.write_bytes(bad)
+        with pytest.raises(BadInput, match="train-images-idx3-ubyte.gz") as error:
+            data.open_dataset("fashion", "train", 32)
+        assert "\n" not in str(error.value)
+
+
+def test_auto_falls_back_to_shapes_and_fashion_does_not(nowhere, capsys):
+    assert data.open_dataset("auto", "train", 32).name == "shapes"
+    assert data.open_dataset("auto", "val", 32).name == "shapes"
+    assert capsys.readouterr().out.count("drawn and not photographed") == 1
+    with pytest.raises(BadInput, match="no connection.*apt-get") as error:
+        data.open_dataset("fashion", "train", 32)
+    assert str(nowhere / "debian") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server of tmp_path/served; the files named in its `cut` are broken off in the middle."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = (tmp_path / "served" / self.path.strip("/")).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:len(content) // 2] if self.path.strip("/") in self.server.cut else content)
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.cut = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_download(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(data, "FASHION_SHA256", write_idx(tmp_path / "served"))
+    url, home = f"http://127.0.0.1:{server.server_port}/", tmp_path / "home"
+    last = "t10k-labels-idx1-ubyte.gz"
+
+    server.cut = ["train-images-idx3-ubyte.gz"]
+    with pytest.raises(BadInput, match="train-images-idx3-ubyte.gz: truncated"):
+        data.fetch_fashion(home, url)
+    assert not home.exists()
+
+    server.cut = []
+    right = (tmp_path / "served" / last).read_bytes()
+    for wrong, fault in ((gzip.compress(b"another file"), "wrong checksum"),
+                         (b"<html>log in</html>", "not a gzip file"), (right[:-9], "truncated"), (None, "cannot be downloaded")):
+        (tmp_path / "served" / last).write_bytes(wrong) if wrong else (tmp_path / "served" / last).unlink()
+        with pytest.raises(BadInput, match=f"{last}: {fault}"):
+            data.fetch_fashion(home, url)
+        assert set(os.listdir(home)) == {f"{name}.gz" for name in data.FASHION_SHA256} - {last}
+
+    (tmp_path / "served" / last).write_bytes(gzip.compress(gzip.decompress(right), 1))       # a mirror packed it anew
+    assert data.has_fashion(data.fetch_fashion(home, url))
+    (home / last).write_bytes(b"damaged later")
+    data.fetch_fashion(home, url)
+    assert len(data.Fashion(home, "val", 32)) == 20
+
+
+def test_download_without_a_connection(tmp_path, server):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(BadInput, match="cannot be downloaded") as error:
+        data.fetch_fashion(tmp_path / "home", f"http://127.0.0.1:{server.server_port}/")
+    assert not (tmp_path / "home").exists() and "\n" not in str(error.value)
+
+
+def test_download_into_a_folder_that_cannot_be_written(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(data, "FASHION_SHA256", write_idx(tmp_path / "served"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput):
+        data.fetch_fashion(tmp_path / "file" / "home", f"http://127.0.0.1:{server.server_port}/")
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+def saved(tmp_path, name, image, **options):
+    image.save(tmp_path / name, **options)
+    return data.read_image(tmp_path / name, 32)
+
+
+def test_every_mode_shows_the_same_picture(tmp_path):
+    base = picture(1)
+    want = saved(tmp_path, "rgb.png", base)
+    turned = Image.Exif()
+    turned[0x0112] = 6                                                       # "turn 90 degrees clockwise to see it"
+    blank = base.copy()
+    blank.paste("black", (0, 0, *base.size))
+    for image, tolerance in (
+            (saved(tmp_path, "a.JPG", base, quality=95), 0.03), (saved(tmp_path, "a.WebP", base, quality=95), 0.03),
+            (saved(tmp_path, "p.png", base.quantize(256)), 0.05),
+            (saved(tmp_path, "cmyk.jpg", base.convert("CMYK"), quality=95), 0.06),
+            (saved(tmp_path, "rgba.png", base.convert("RGBA")), 0.001),
+            (saved(tmp_path, "exif.jpg", base.transpose(Image.Transpose.ROTATE_90), quality=95, exif=turned), 0.03),
+            (saved(tmp_path, "two.png", base, save_all=True, append_images=[blank]), 0.001),
+            (saved(tmp_path, "two.gif", base, save_all=True, append_images=[blank]), 0.1)):
+        assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and (image - want).abs().mean() < tolerance
+    grey = base.convert("L")
+    want = saved(tmp_path, "l.png", grey)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    for image in (saved(tmp_path, "deep.png", deep), saved(tmp_path, "deep.tif", deep),
+                  saved(tmp_path, "la.png", grey.convert("LA")),
+                  saved(tmp_path, "float.tiff", Image.fromarray(np.asarray(grey).astype(np.float32) / 255))):
+        assert (image - want).abs().max() < 0.005
+    bits = saved(tmp_path, "bits.png", grey.convert("1"))
+    assert (bits.mean() - want.mean()).abs() < 0.05
+
+
+def test_transparent_becomes_white(tmp_path):
+    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+    palette = Image.new("P", (20, 20), 0)
+    palette.putpalette([255, 0, 0])
+    assert (saved(tmp_path, "rgba.png", clear) == 1).all()
+    assert (saved(tmp_path, "la.png", clear.convert("LA")) == 1).all()
+    assert (saved(tmp_path, "p.png", palette, transparency=0) == 1).all()
+
+
+def test_any_size(tmp_path):
+    for size in ((1, 1), (1, 3000), (3000, 1), (31, 33)):
+        assert saved(tmp_path, "a.png", picture(0, *size)).shape == (3, 32, 32)
+    halves = np.zeros((20, 60, 3), np.uint8)
+    halves[:, 20:40] = 255
+    assert (saved(tmp_path, "b.png", Image.fromarray(halves)) > 0.99).float().mean() > 0.85      # the middle
+
+
+def test_layouts(tmp_path, capsys):
+    for i in range(200):
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        picture(i, 8, 8).save(tmp_path / "bare" / f"{i}.PNG")
+    train, val = (data.open_dataset(str(tmp_path / "bare"), split, 8) for split in ("train", "val"))
+    assert len(train) + len(val) == 200 and 2 <= len(val) <= 25 and not set(train.files) & set(val.files)
+    assert train.classes == ["images"] and capsys.readouterr().out.count("held out") == 1
+    before = set(val.files)
+    picture(0, 8, 8).save(tmp_path / "bare" / "new.png")                     # a newcomer moves nobody
+    assert before <= set(data.open_dataset(str(tmp_path / "bare"), "val", 8).files) | {"new.png"}
+    assert data.open_dataset(str(tmp_path / "bare"), "train", 8).fingerprint != train.fingerprint or "new.png" in \
+        data.open_dataset(str(tmp_path / "bare"), "val", 8).files
+
+    for name in ("dog", "elk"):
+        (tmp_path / "classes" / name / "deeper").mkdir(parents=True)
+        picture(0).save(tmp_path / "classes" / name / "deeper" / "a.jpeg")
+    (tmp_path / "classes" / "notes.txt").write_text("not an image")
+    (tmp_path / "classes" / "empty").mkdir()
+    train, val = (data.open_dataset(str(tmp_path / "classes"), split, 8) for split in ("train", "val"))
+    assert train.classes == val.classes == ["dog", "elk"] and (len(train), len(val)) == (1, 1)
+
+    (tmp_path / "one" / "fox").mkdir(parents=True)
+    picture(0).save(tmp_path / "one" / "fox" / "a.png")
+    only = data.open_dataset(str(tmp_path / "one"), "train", 8)
+    assert only.classes == ["fox"] and next(data.batches(only, 4, seed=0))[0].shape == (4, 3, 8, 8)
+
+
+def test_folder_of_splits(folder):
+    train, val = (data.open_dataset(str(folder), split, 8) for split in ("train", "val"))
+    assert train.classes == val.classes == ["ant", "bee", "cat"] and (len(train), len(val)) == (24, 6)
+    assert train.name == str(folder) and train.fingerprint == data.open_dataset(str(folder), "train", 8).fingerprint
+    assert train.fingerprint != data.open_dataset(str(folder), "train", 16).fingerprint
+    picture(5).save(folder / "train" / "ant" / "0.png")
+    assert train.fingerprint != data.open_dataset(str(folder), "train", 8).fingerprint
+    (folder / "val" / "dog").mkdir()
+    picture(5).save(folder / "val" / "dog" / "0.png")
+    with pytest.raises(BadInput, match="dog"):
+        data.open_dataset(str(folder), "val", 8)
+
+
+def test_bad_folders(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.png").write_bytes(b"")
+    (folder / "val").rename(folder / "test")
+    for name, line in (("empty", "no images.*jpeg"), ("file.png", "is a file"), ("missing", "no such folder"),
+                       ("pictures", "needs both train/ and val/")):
+        with pytest.raises(BadInput, match=line) as error:
+            data.open_dataset(str(tmp_path / name), "train", 8)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """300 pictures in two classes, three of them broken in different ways, two of these at the end of their class."""
+    for name in ("ant", "bee"):
+        for split in ("train", "val"):
+            (tmp_path / "damaged" / split / name).mkdir(parents=True)
+        for i in range(150):
+            picture(i, 12, 12).save(tmp_path / "damaged" / "train" / name / f"{i:03}.png")
+        picture(0, 12, 12).save(tmp_path / "damaged" / "val" / name / "0.png")
+    train = tmp_path / "damaged" / "train"
+    (train / "ant" / "003.png").write_bytes((train / "ant" / "003.png").read_bytes()[:60])
+    (train / "ant" / "149.png").write_bytes(b"")
+    (train / "bee" / "149.png").write_text("not a picture")
+    return tmp_path / "damaged"
+
+
+def test_broken_files_are_named_and_skipped_alike_in_all_processes(damaged, capsys):
+    dataset = data.open_dataset(str(damaged), "train", 8)
+    plain = list(data.all_images(dataset, 16))
+    assert [len(images) for images, _ in plain] == [16] * 18 + [12] and len(dataset.unreadable) == 3
+    assert np.array_equal(dataset.get(3), dataset.get(4))                    # the next of its class
+    assert np.array_equal(dataset.get(149), dataset.get(0)) and np.array_equal(dataset.get(299), dataset.get(150))
+    said = capsys.readouterr().out
+    assert all(said.count(name) == 1 for name in ("ant/003.png", "ant/149.png", "bee/149.png", "3 of 300"))
+
+    data.say.cache_clear()
+    parallel = data.open_dataset(str(damaged), "train", 8)
+    assert same(plain, list(data.all_images(parallel, 16, workers=2))) and set(parallel.unreadable) == {3, 149, 299}
+    said = capsys.readouterr().out
+    assert all(said.count(name) == 1 for name in ("ant/003.png", "ant/149.png", "bee/149.png"))
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_more_than_one_percent_broken(damaged, workers):
+    (damaged / "train" / "bee" / "007.png").write_bytes(b"")
+    with pytest.raises(BadInput, match="4 of 300") as error:
+        list(data.all_images(data.open_dataset(str(damaged), "train", 8), 16, workers=workers))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_a_class_without_a_readable_file(damaged, workers):
+    for split in ("train", "val"):
+        (damaged / split / "cat").mkdir()
+    (damaged / "train" / "cat" / "0.png").write_bytes(b"")
+    (damaged / "train" / "ant" / "003.png").unlink()
+    with pytest.raises(BadInput, match="no readable image of class cat") as error:
+        list(data.all_images(data.open_dataset(str(damaged), "train", 8), 16, workers=workers))
+    assert "\n" not in str(error.value)
+
+
+def test_decompression_bombs_are_unreadable(tmp_path, monkeypatch):
+    picture(0, 60, 60).save(tmp_path / "a.png")
+    for limit in (3000, 1000):                                               # Pillow warns, and refuses
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(BadInput, match="a.png.*pixels"):
+            data.read_image(tmp_path / "a.png", 8)
+
+
+def test_read_image_of_nothing(tmp_path):
+    (tmp_path / "a.png").write_text("hello")
+    for name in ("a.png", "b.png", "."):
+        with pytest.raises(BadInput) as error:
+            data.read_image(tmp_path / name, 8)
+        assert "\n" not in str(error.value)
+
+
+# -- token cache ------------------------------------------------------------------------------------------------------
+
+class Brightness:
+    """A tokenizer of 4 codes: the mean brightness of each quarter."""
+    calls, dies_at = 0, None
+
+    def encode(self, images):
+        self.calls += 1
+        if self.calls == self.dies_at:
+            os._exit(9)         # as kill -9
+        return (torch.nn.functional.adaptive_avg_pool2d(images.mean(1), 2) * 255).long()     # [B, 2, 2]
+
+
+@pytest.fixture
+def extract(tmp_path, folder):
+    def extract(tokenizer, fingerprint="one", split="train", views=2, **options):
+        dataset = data.open_dataset(str(folder), split, 16)
+        return data.token_cache(tokenizer, dataset, tmp_path / "cache" / "codes.npy", fingerprint, views=views,
+                                batch_size=5, **options)
+    return extract
+
+
+def test_token_cache(extract, folder):
+    tokenizer = Brightness()
+    codes, labels = extract(tokenizer)
+    assert codes.shape == (2, 24, 4) and codes.dtype == np.uint16 and isinstance(codes, np.memmap)
+    assert tokenizer.calls == 10
+    images = torch.cat([images for images, _ in data.all_images(data.open_dataset(str(folder), "train", 16), 24)])
+    for view in (images, images.flip(-1)):
+        assert np.array_equal(codes[int(view is not images)], tokenizer.encode(view).flatten(1).numpy())
+    assert np.array_equal(labels, data.open_dataset(str(folder), "train", 16).labels)
+    again = Brightness()
+    assert np.array_equal(extract(again)[0], codes) and again.calls == 0
+    assert extract(Brightness(), views=1, codebook=70_000)[0].dtype == np.uint32
+    with pytest.raises(ValueError, match="codebook of 10"):
+        extract(Brightness(), codebook=10)
+
+
+def test_stale_and_damaged_caches_are_rebuilt(extract, folder, tmp_path, capsys):
+    path, note = tmp_path / "cache" / "codes.npy", tmp_path / "cache" / "codes.json"
+    want = np.array(extract(Brightness())[0])
+
+    def flip_a_bit():
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+    for damage in (flip_a_bit, note.unlink, path.unlink, lambda: note.write_text("{"), lambda: note.write_text("[]"),
+                   lambda: path.write_bytes(path.read_bytes()[:-8]), lambda: path.write_bytes(b"")):
+        damage()
+        data.say.cache_clear()
+        tokenizer = Brightness()
+        assert np.array_equal(extract(tokenizer)[0], want) and tokenizer.calls == 10
+        assert capsys.readouterr().out.count("anew") == 1
+    tokenizer = Brightness()
+    extract(tokenizer, fingerprint="two")                                    # another tokenizer
+    picture(77).save(folder / "train" / "ant" / "0.png")                     # other data
+    extract(tokenizer, fingerprint="two")
+    assert tokenizer.calls == 20 and "another tokenizer" in (said := capsys.readouterr().out) and "anew" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_a_killed_extraction_continues(extract, tmp_path, folder):
+    want = np.array(extract(Brightness())[0])
+    for name in ("codes.npy", "codes.json"):
+        (tmp_path / "cache" / name).unlink()
+    program = f"""
+import sys; sys.path[:0] = {[str(Path(data.__file__).parent), str(Path(__file__).parent)]!r}
+import data, {Path(__file__).stem} as tests
+tokenizer = tests.Brightness(); tokenizer.dies_at = 8
+data.token_cache(tokenizer, data.open_dataset({str(folder)!r}, "train", 16),
+                 {str(tmp_path / "cache" / "codes.npy")!r}, "one", views=2, batch_size=5, save_every=2)"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode == 9
+    assert json.loads((tmp_path / "cache" / "codes.json").read_text())["done"] == 10
+    tokenizer = Brightness()
+    assert np.array_equal(extract(tokenizer)[0], want) and tokenizer.calls == 6
+
+
+# -- pictures and the command line ------------------------------------------------------------------------------------
+
+def test_picture_grid_and_save(tmp_path):
+    grid = data.picture_grid(torch.zeros(5, 3, 4, 6), columns=3, scale=2)
+    assert grid.size == (3 * 12 + 2 * 2, 2 * 8 + 2) and grid.getpixel((11, 7)) == (0, 0, 0)
+    assert all(grid.getpixel(gap) == (255, 255, 255) for gap in ((12, 0), (0, 9), (39, 17)))
+    data.save_picture(grid, tmp_path / "deep" / "grid.png")
+    assert data.read_image(tmp_path / "deep" / "grid.png", 8).shape == (3, 8, 8)
+    with pytest.raises(BadInput, match="grid.xyz"):
+        data.save_picture(grid, tmp_path / "grid.xyz")
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_command_line(tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, data.__file__, *arguments], capture_output=True, text=True, timeout=120)
+    done = run("--data", "shapes", "--preview", str(tmp_path / "a.png"))
+    assert done.returncode == 0 and "10,000 train, 2,000 val" in done.stdout and "drawn" in done.stdout
+    with Image.open(tmp_path / "a.png") as preview:
+        assert preview.size == (10 * 66 - 2, 10 * 66 - 2)
+    for arguments, line in ((["--data", "fashoin"], "Did you mean fashion"), (["--previw", "a.png"], "--preview"),
+                            (["--data", "shapes", "--image_size", "0"], "image_size")):
+        done = run(*arguments)
+        assert done.returncode == 2 and line in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generators (generator.py)
+
+ASSETS = ROOT / "assets"
+AR = GeneratorConfig(tokens=9, codebook_size=24, num_classes=3, width=32, layers=2, heads=4, dropout=0.0)
+MASKGIT = replace(AR, mode="maskgit", tokens=12)
+LABELS = torch.tensor([0, 1, 2, 0, 1])
+
+
+def random_generator(config, seed=0):
+    """Weights large enough that the logits of a fresh model differ clearly."""
+    torch.manual_seed(seed)
+    model = generator.GENERATORS[config.mode](config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim >= 2:
+                p.normal_(std=0.3)
+    return model
+
+
+def seeded(seed=7):
+    return torch.Generator().manual_seed(seed)
+
+
+def golden_weights(name):
+    """The weight rule of the reference data: every entry from its own name and shape."""
+    state = {}
+    for key, shape in json.loads((ASSETS / f"{name}_keys.json").read_text()).items():
+        n = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
+        if len(shape) >= 2:
+            n = n * np.float32(1 / np.sqrt(np.prod(shape[1:])))
+        else:
+            n = np.float32(0.02) * n if key.endswith("bias") else 1 + np.float32(0.02) * n
+        state[key] = torch.from_numpy(n)
+    return state
+
+
+# -- AR ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rope", ["1d", "2d"])
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 3.0}, {"guidance_scale": 0.0}, {"top_k": 5}, {"top_k": 1},
+                                      {"temperature": 0.0}, {"guidance_scale": 2.0, "top_k": 4, "temperature": 0.7}])
+def test_ar_cache_and_one_guidance_pass_equal_recompute_in_two(rope, settings):
+    model = random_generator(replace(AR, rope=rope))
+    fast = model.generate(LABELS, generator=seeded(), **settings)
+    assert fast.shape == (5, 9) and fast.dtype == torch.int64
+    assert torch.equal(fast, model.generate_plain(LABELS, generator=seeded(), **settings))
+
+
+def test_ar_logits_at_i_do_not_read_codes_from_i_on():
+    model = random_generator(AR)
+    codes = torch.randint(24, (5, 9), generator=seeded())
+    before = model(codes, LABELS)
+    for i in range(9):
+        other = codes.clone()
+        other[:, i:] = torch.randint(24, (5, 9 - i), generator=seeded(i))
+        after = model(other, LABELS)
+        torch.testing.assert_close(after[:, :i + 1], before[:, :i + 1], rtol=0, atol=1e-6)
+        if i < 8:
+            assert not torch.allclose(after[:, i + 1:], before[:, i + 1:])
+
+
+def test_ar_without_class_ignores_the_class():
+    model = random_generator(AR)
+    codes, nobody = torch.randint(24, (5, 9)), torch.ones(5, dtype=torch.bool)
+    assert torch.equal(model(codes, LABELS, nobody), model(codes, LABELS.flip(0), nobody))
+    assert not torch.allclose(model(codes, LABELS), model(codes, LABELS, nobody))
+    torch.testing.assert_close(model(codes, LABELS), model(codes, LABELS, ~nobody))
+
+
+def test_top_k_draws_only_the_likeliest():
+    model = random_generator(AR)
+    codes = model.generate(LABELS.repeat(20), top_k=3, generator=seeded())
+    likeliest = model(codes, LABELS.repeat(20)).topk(3, dim=-1).indices
+    assert (likeliest == codes[..., None]).any(-1).all()
+
+
+# -- MaskGIT ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("guidance", generator.GUIDANCE)
+@pytest.mark.parametrize("steps", [1, 2, 5, 12, 30])
+def test_maskgit_follows_its_counts_keeps_fixed_codes_and_leaves_no_mask(guidance, steps):
+    model, seen = random_generator(MASKGIT), []
+    forward = model.forward
+    model.forward = lambda codes, *rest: (seen.append(codes[:5].clone()), forward(codes, *rest))[1]
+    codes = model.generate(LABELS, guidance_scale=3.0, steps=steps, guidance=guidance, temperature=4.0, generator=seeded())
+    seen.append(codes)
+    counts = generator.mask_counts(12, min(steps, 12))
+    assert [(s == model.mask).sum(1).tolist() for s in seen] == [[n] * 5 for n in [12] + counts]
+    assert all(a > b for a, b in zip([12] + counts, counts)) and counts[-1] == 0
+    for earlier, later in zip(seen, seen[1:]):
+        fixed = earlier != model.mask
+        assert torch.equal(later[fixed], earlier[fixed])
+    assert codes.min() >= 0 and codes.max() < 24
+
+
+def test_maskgit_counts_are_the_arccos_schedule():
+    assert generator.mask_counts(128, 8) == [int(128 * np.arccos(t / 8) * 2 / np.pi) for t in range(1, 8)] + [0]
+
+
+def test_maskgit_guidance_in_one_pass_equals_two():
+    model = random_generator(MASKGIT)
+    codes, nobody = torch.randint(25, (5, 12), generator=seeded()), torch.ones(5, dtype=torch.bool)
+    with_class, without = model(codes, LABELS), model(codes, LABELS, nobody)
+    torch.testing.assert_close(model.guided_logits(codes, LABELS, 2.5), without + 2.5 * (with_class - without))
+    assert torch.equal(model.guided_logits(codes, LABELS, 1.0), with_class)
+    assert torch.equal(model(codes, LABELS.flip(0), nobody), without)
+
+
+def test_maskgit_guidance_one_is_the_same_under_every_schedule():
+    model = random_generator(MASKGIT)
+    a, b, c = (model.generate(LABELS, guidance=kind, generator=seeded()) for kind in generator.GUIDANCE)
+    assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_maskgit_loss_weighs_hidden_and_seen():
+    torch.manual_seed(0)
+    codes = torch.randint(24, (64, 12))
+    seen = []
+
+    def model(given, labels, drop_label):       # sure of what it sees, uniform on what is hidden
+        seen.append((given == 24).sum(1))
+        return 50.0 * torch.nn.functional.one_hot(given, 25)[..., :24]
+
+    config = replace(MASKGIT, label_smoothing=0.0)
+    loss, _ = generator.maskgit_loss(model, config, codes, torch.zeros(64, dtype=torch.int64))
+    hidden = seen[0].sum()
+    assert seen[0].min() >= 1 and 0.5 < hidden / codes.numel() < 0.75          # the mean of arccos(u) * 2 / pi is 0.637
+    expected = hidden * np.log(24) / (hidden + 0.1 * (codes.numel() - hidden))
+    assert abs(loss - expected) < 1e-4
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config", [AR, MASKGIT], ids=["ar", "maskgit"])
+def test_same_seed_same_samples_whatever_the_batch_split(config):
+    model, labels = random_generator(config), LABELS.repeat(5)
+    whole = generator.sample_codes(model, labels, seed=3)
+    for batch_size in (1, 4, 24):
+        assert torch.equal(generator.sample_codes(model, labels, seed=3, batch_size=batch_size), whole)
+    assert not torch.equal(generator.sample_codes(model, labels, seed=4), whole)
+    state = torch.get_rng_state()
+    generator.sample_codes(model, labels)
+    assert torch.equal(torch.get_rng_state(), state)        # a preview does not disturb the training's random state
+
+
+@pytest.mark.parametrize("mode, how", [("ar", {"top_k": 1}), ("maskgit", {"temperature": 0.0})])
+def test_overfits_32_sequences_and_gives_them_back(mode, how):
+    torch.manual_seed(0)
+    config = replace(AR, mode=mode, tokens=16, codebook_size=64, num_classes=32, width=64, class_dropout=0.0)
+    codes, labels = torch.randint(64, (32, 16)), torch.arange(32)
+    model = generator.GENERATORS[mode](config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        loss, parts = generator.LOSSES[mode](model, config, codes, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert parts["accuracy"] > 0.95
+    assert torch.equal(model.eval().generate(labels, **how), codes)
+
+
+def test_sample_has_the_distribution_of_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf])
+    uniform = generator.noise(20_000, (), seeded(), "cpu")
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = generator.sample(logits.expand(20_000, 4), temperature, uniform)
+        share = torch.bincount(drawn, minlength=4) / 20_000
+        torch.testing.assert_close(share, (logits / temperature).softmax(0), rtol=0, atol=0.015)
+    ends = generator.sample(torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2), 1.0, torch.tensor([2.0 ** -24, 1.0]))
+    assert ends.tolist() == [1, 2]                          # never a code of probability zero, at either end
+
+
+def test_code_batches_are_the_same_for_one_rank_and_two_and_from_any_step():
+    codes = np.arange(2 * 20 * 3, dtype=np.uint16).reshape(2, 20, 3)
+    labels = np.arange(20)
+    one = generator.code_batches(codes, labels, 8, 5, 0, 0, 1)
+    halves = [generator.code_batches(codes, labels, 8, 5, 0, rank, 2) for rank in (0, 1)]
+    late = generator.code_batches(codes, labels, 8, 5, 4, 0, 1)
+    views = set()
+    for step in range(10):
+        batch, names = next(one)
+        assert torch.equal(batch, torch.cat([next(half)[0] for half in halves]))
+        if step >= 4:
+            assert torch.equal(batch, next(late)[0])
+        views |= {(int(n), bool(b[0] >= 60)) for b, n in zip(batch, names)}
+        assert torch.equal(names, batch[:, 0] // 3 % 20) and batch.dtype == torch.int64
+    assert len(views) > 30                                  # of 20 images, most in both views
+
+
+# -- public weights ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rope", ["1d", "2d"])
+def test_llamagen_golden(rope):
+    golden = np.load(ASSETS / "llamagen_tiny_golden.npz")
+    model = generator.load_llamagen(golden_weights("llamagen_tiny"), heads=4, rope=rope, tokens=16)
+    ids, labels = torch.from_numpy(golden["ids"]), torch.from_numpy(golden["cls"])
+    for kind, drop in (("cond", None), ("uncond", torch.ones(3, dtype=torch.bool))):
+        logits = model(ids, labels, drop).detach().numpy()
+        np.testing.assert_allclose(logits, golden[f"logits_{kind}_{rope}"], rtol=0, atol=5e-5)
+    for scale in (1, 2):
+        codes = model.generate(labels, guidance_scale=scale, top_k=1)
+        np.testing.assert_array_equal(codes.numpy(), golden[f"greedy_cfg{scale}_{rope}"])
+
+
+def test_uvit_golden():
+    golden = np.load(ASSETS / "uvit_tiny_golden.npz")
+    model = generator.load_titok_maskgit(golden_weights("uvit_tiny"))
+    ids, labels = torch.from_numpy(golden["ids"]), torch.from_numpy(golden["cls"])
+    for kind, drop in (("cond", None), ("uncond", torch.ones(2, dtype=torch.bool))):
+        logits = model(ids, labels, drop).detach().numpy()
+        np.testing.assert_allclose(logits, golden[f"logits_{kind}"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name, load", [("llamagen_tiny", lambda state: generator.load_llamagen(state, 4, "1d")),
+                                        ("uvit_tiny", generator.load_titok_maskgit)])
+def test_public_weights_that_do_not_fit_are_refused_in_one_line(name, load):
+    state = golden_weights(name)
+    first, last = list(state)[0], list(state)[-1]
+    for broken in ({k: v for k, v in state.items() if k != first}, {k: v for k, v in state.items() if k != last},
+                   {**state, "another": torch.zeros(1)}, {**state, last: torch.zeros(3, 3)}, {}):
+        with pytest.raises(trainer.BadInput) as error:
+            load(broken)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("keys, config, millions", [
+    ("llamagen_b", replace(generator.PRESETS["ar_full"], codebook_size=16384), 110.9),
+    ("uvit_l", generator.PRESETS["maskgit_full"], 295.0),
+    (None, replace(generator.PRESETS["llamagen_l"], codebook_size=16384), 343)])
+def test_parameter_counts_and_key_lists_of_the_published_sizes(keys, config, millions):
+    with torch.device("meta"):
+        model = generator.GENERATORS[config.mode](config)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert abs(count - millions) < (0.05 if keys else 0.5)
+    if keys:
+        public = json.loads((ASSETS / f"{keys}_keys.json").read_text())
+        assert {k: list(v.shape) for k, v in model.state_dict().items()} == public
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+@pytest.mark.parametrize("text, found", [("3,bag", [3, 8]), ("BOOT", [9]), ("shirt", [6]), ("t-shirt", [0]), ("top, 9", [0, 9])])
+def test_find_classes(text, found):
+    assert generator.find_classes(text, FASHION) == found
+
+
+@pytest.mark.parametrize("text", ["10", "boots", "", "bag,,", "-1", "t.shirt"])
+def test_find_classes_refuses(text):
+    with pytest.raises(trainer.BadInput, match="no such class") as error:
+        generator.find_classes(text, FASHION)
+    assert text != "boots" or "Did you mean boot" in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"mode": "mask"}, {"rope": "3d"}, {"guidance": "cosine"}, {"heads": 5},
+                                    {"rope": "2d", "tokens": 8}, {"mode": "maskgit", "layers": 3}, {"temperature": -1.0}])
+def test_config_refuses(change):
+    with pytest.raises(trainer.BadInput):
+        replace(AR, **change)
