@@ -23,18 +23,19 @@ endif
 # Several busy programs on few cores: threads that sleep while they wait leave the core to those that work
 export OMP_WAIT_POLICY ?= PASSIVE
 
-FLAGS = --config toy --data $(DATA) --out $(OUT) --seed $(SEED) --resume
+# what `auto` came to is noted once, so that all stages use the same data
+FLAGS = --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED) --resume
 
 .PHONY: demo test clean
 demo: .venv/ready
-	$(PY) data.py --data $(DATA)
+	$(PY) data.py --data $(DATA) --note $(OUT)/data
 	$(PY) vqgan.py $(FLAGS) $(VQGAN_STEPS)
 	$(PY) tokenizer.py $(FLAGS) --tokens 8 $(TOKENIZER_STEPS)
 	$(PY) hnt.py $(FLAGS) --tokens 16 $(HNT_STEPS)
 	$(PY) tokenizer.py $(FLAGS) --tokens 16 --stage 2 $(STAGE2_STEPS)
 	$(PY) generator.py $(FLAGS) --mode ar $(AR_STEPS)
 	$(PY) generator.py $(FLAGS) --mode maskgit $(MASKGIT_STEPS)
-	$(PY) evaluate.py report --config toy --data $(DATA) --out $(OUT) --seed $(SEED)
+	$(PY) evaluate.py report --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
 
 test: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check pytest

@@ -667,6 +667,7 @@ def main():
     parser.add_argument("--data", default="auto", help="auto, fashion, shapes, or a folder of images (default: auto)")
     parser.add_argument("--image_size", type=int, default=32, help="pixels of a side (default: 32)")
     parser.add_argument("--preview", metavar="FILE.png", help="write a picture with one row of images a class")
+    parser.add_argument("--note", metavar="FILE", help="write what auto came to into a file, for scripts (make demo)")
     parser.add_argument("--bench", action="store_true", help="measure images a second")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for --bench (default: cores)")
     args = parser.parse_args()
@@ -679,6 +680,8 @@ def main():
     print(f"images       {len(train):,} train, {len(val):,} val, {size}x{size}, border {train.border}")
     print(f"classes      {len(train.classes)}: {', '.join(train.classes[:12])}{more}")
     print(f"fingerprint  train {train.fingerprint}, val {val.fingerprint}")
+    if args.note:
+        write_atomically(args.note, lambda temporary: temporary.write_text(train.name))
     if args.preview:
         rows = [np.flatnonzero(val.labels == label)[:10] for label in range(len(val.classes))]
         rows = [np.resize(row, 10) for row in rows if len(row)][:20]

@@ -16,7 +16,6 @@ Images are float32 [B, 3, H, W] in [0, 1], codes int64 [B, L], labels int64 [B].
 import functools
 import json
 import math
-import os
 import platform
 import re
 import statistics
@@ -34,12 +33,13 @@ from tqdm import tqdm
 
 import data
 import trainer
-from generator import load_generator
-from tokenizer import MoCET, load_tokenizer
+from generator import codes_fingerprint, load_generator, sample_codes
+from tokenizer import MODELS, PRESETS, MoCET, load_tokenizer
 from trainer import BadInput
 from vqgan import load_vqgan
 
 BATCH = 250         # images at once where nothing is trained
+bar = functools.partial(tqdm, leave=False, disable=None)       # shown on a terminal only, and gone when done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,14 +85,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 # ---------------------------------------------------------------------------------------------------------------------
 # The images that are scored
 
-def spread_indices(dataset, limit):
-    """`limit` indices (or all) spread evenly over a set: a folder's images are sorted by class."""
-    return np.linspace(0, len(dataset), min(limit, len(dataset)), endpoint=False).astype(int)
+def subset(dataset, limit):
+    """`limit` indices of a set (or all), drawn with a fixed seed and sorted: the first ones might be of one class."""
+    return np.sort(np.random.default_rng(0).permutation(len(dataset))[:limit])
 
 
-def spread(dataset, limit):
-    """The images of spread_indices: yields (images [BATCH, 3, H, W], labels [BATCH]), the last batch may be shorter."""
-    indices = spread_indices(dataset, limit)
+def images_of(dataset, limit):
+    """The images of the subset: yields (images [BATCH, 3, H, W], labels [BATCH]); the last batch may be shorter."""
+    indices = subset(dataset, limit)
     return data.read(dataset, [(rows, rows) for rows in np.split(indices, range(BATCH, len(indices), BATCH))], None, 0)
 
 
@@ -150,13 +150,13 @@ def fd_classifier(train_set, test_set, path, device="cpu", steps=900, batch_size
         batches = data.batches(train_set, batch_size, seed=2718)
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in tqdm(range(steps), desc="FD-classifier", unit="step"):
+        for _ in tqdm(range(steps), "FD-classifier", unit="step", mininterval=1.0):
             images, labels = (t.to(device) for t in next(batches))
             loss = F.cross_entropy(model(without_border(images, train_set.border)), labels)
             optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
     model.eval().requires_grad_(False)
     right = [model(without_border(images.to(device), test_set.border)).argmax(1).cpu() == labels
-             for images, labels in spread(test_set, 10_000)]
+             for images, labels in images_of(test_set, 10_000)]
     accuracy = torch.cat(right).float().mean().item()
     checkpoint = {"stage": "fd_classifier", "model": model.state_dict(), "step": steps, "test_accuracy": accuracy,
                   "config": {"made_of": made_of}}
@@ -182,3 +182,539 @@ def score(pictures, classifier, reference, border=0):
     statistics_of_these = feature_statistics(torch.cat(features).cpu())
     return {**result, "accuracy": torch.cat(right).float().mean().item(),
             "fd": frechet_distance(*statistics_of_these, *reference)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured, stage by stage
+
+class Bench:
+    """What all scores of one run share: the test images, the classifier, and the test set's statistics. Each is made
+    when it is first asked for, so that a report whose numbers are all kept needs none of them."""
+
+    def __init__(self, args, image_size):
+        self.out, self.seed = args.out, args.seed
+        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.train, self.test = (data.open_dataset(args.data, split, image_size) for split in ("train", "val"))
+        self.side = image_size - 2 * self.test.border                       # pixels of the picture that is scored
+        self.indices = subset(self.test, args.images)
+        self.labels = torch.from_numpy(self.test.labels[self.indices])      # [n]
+        self.codes = {}
+
+    @functools.cached_property
+    def classifier_and_accuracy(self):
+        return fd_classifier(self.train, self.test, self.out / "fd_classifier.pt", self.device)
+
+    @functools.cached_property
+    def reference(self):
+        return self.statistics(self.test)
+
+    def images(self, dataset):
+        return images_of(dataset, len(self.indices))
+
+    @torch.inference_mode()
+    def statistics(self, dataset):
+        """feature_statistics of as many images of a set as are scored."""
+        classifier = self.classifier_and_accuracy[0]
+        return feature_statistics(torch.cat([
+            classifier.features(without_border(images.to(self.device), dataset.border)).cpu()
+            for images, _ in bar(self.images(dataset), f"features of {dataset.split}")]))
+
+    @torch.inference_mode()
+    def encode(self, path, model):
+        """The codes of the test images under the model of this file, [n, L] or [n, h, w]."""
+        if path not in self.codes:
+            batches = bar(self.images(self.test), f"codes of {path.stem}")
+            self.codes[path] = torch.cat([model.encode(images.to(self.device)).cpu() for images, _ in batches])
+        return self.codes[path]
+
+    def score(self, codes, decode, reconstruction=True):
+        """The score of the pictures that decode makes of codes [n, ...]: of the test images, or new ones of their
+        labels."""
+        def pictures():
+            originals = self.images(self.test) if reconstruction else ((None, labels) for labels in self.labels.split(BATCH))
+            for batch, (images, labels) in zip(bar(codes.split(BATCH), "decoding"), originals):
+                yield decode(batch.to(self.device)), labels, images.to(self.device) if reconstruction else None
+        return score(pictures(), self.classifier_and_accuracy[0], self.reference, self.test.border)
+
+
+def measure_data(bench):
+    """What is best possible: the classifier on the test images themselves, and the FD of training to test images."""
+    accuracy = bench.classifier_and_accuracy[1]
+    print(f"FD-classifier: accuracy {accuracy:.3f} on the test images"
+          + (". There is one class only, so that accuracy means nothing" if len(bench.test.classes) == 1 else ""))
+    return {"test_accuracy": accuracy, "fd_floor": frechet_distance(*bench.statistics(bench.train), *bench.reference)}
+
+
+def measure_vqgan(bench, path):
+    model = load_vqgan(path, bench.device)
+    codes = bench.encode(path, model)                                       # [n, h, w]
+    used, perplexity = codebook_use(codes, model.config.codebook_size)
+    return {**bench.score(codes, model.decode_codes), "used": used, "perplexity": perplexity}
+
+
+def measure_stage1(bench, path):
+    """Both decodes: soft (expected VQGAN embedding) wins PSNR, argmax (most probable code) wins accuracy and FD."""
+    model = load_tokenizer(path, bench.device)
+    codes = bench.encode(path, model)                                       # [n, L]
+    used, perplexity = codebook_use(codes, model.config.codebook_size)
+    hard = bench.score(codes, functools.partial(model.decode_codes, hard=True))
+    return {**bench.score(codes, model.decode_codes), **{f"{name}_argmax": value for name, value in hard.items()},
+            "used": used, "perplexity": perplexity}
+
+
+def measure_stage2(bench, path):
+    model = load_tokenizer(path, bench.device)
+    return bench.score(bench.encode(path, model), model.decode_codes)
+
+
+def measure_samples(bench, path, tokenizer_path, picture):
+    """New images, one for the label of each test image, and a picture of them with one row a class.
+
+    "repeats": how many of the first 100 samples of a class have the codes of an earlier one, summed over classes.
+    """
+    generator, tokenizer = load_generator(path, bench.device), load_tokenizer(tokenizer_path, bench.device)
+    if generator.about["fingerprint"] != codes_fingerprint(tokenizer):
+        raise BadInput(f"{path}: trained on the codes of another tokenizer than {tokenizer_path}. Train it again: "
+                       f"python generator.py --mode {generator.config.mode} --overwrite")
+    codes = sample_codes(generator, bench.labels, bench.seed)               # [n, L]
+    of_class = [codes[bench.labels == label][:100] for label in bench.labels.unique()]
+    shown = of_class[:20]
+    with torch.inference_mode():
+        rows = [tokenizer.decode_codes(rows[:10].to(bench.device)).cpu() for rows in shown]
+    columns = min(map(len, rows))
+    grid = data.picture_grid(torch.cat([row[:columns] for row in rows]), columns, scale=max(1, 64 // bench.side))
+    data.save_picture(name_rows(grid, [bench.test.classes[label] for label in bench.labels.unique()[:20]]), picture)
+    return {**bench.score(codes, tokenizer.decode_codes, reconstruction=False),
+            "guidance_scale": generator.config.guidance_scale,
+            "repeats": sum(len(rows) - len(rows.unique(dim=0)) for rows in of_class)}
+
+
+@torch.inference_mode()
+def measure_order(bench, ar_path, tokenizer_path, picture):
+    """The two curves that show that the tokens have an order.
+
+    bits: mean -log2 p(code_i | class, codes before it) under the AR generator, on the test images' codes; unigram: the
+    entropy of code_i alone in them, which is what a generator without context could reach. mse, psnr: reconstructions
+    of 1,000 test images from their first `lengths` codes.
+    """
+    ar, tokenizer = load_generator(ar_path, bench.device), load_tokenizer(tokenizer_path, bench.device)
+    codes, border = bench.encode(tokenizer_path, tokenizer), bench.test.border                          # [n, L]
+    bits = []
+    for batch, labels in zip(bar(codes.split(BATCH), "bits a token"), bench.labels.split(BATCH)):
+        logits = ar(batch.to(bench.device), labels.to(bench.device)).float()                            # [B, L, K]
+        bits.append(F.cross_entropy(logits.transpose(1, 2), batch.to(bench.device), reduction="none") / math.log(2))
+    unigram = [math.log2(codebook_use(column, ar.config.codebook_size)[1]) for column in codes.T]
+
+    tokens = codes.shape[1]
+    lengths = sorted({round(k) for k in np.linspace(1, tokens, min(tokens, 32))})
+    errors, decibels = [], []
+    for images, _ in bar(images_of(bench.test, min(1000, len(codes))), "prefixes"):
+        images = images.to(bench.device)
+        prefix_codes, originals = tokenizer.encode(images), without_border(images, border)              # [B, L]
+        decoded = [without_border(tokenizer.decode_codes(prefix_codes[:, :k]), border) for k in lengths]
+        errors.append(torch.stack([(d - originals).square().mean((1, 2, 3)) for d in decoded]))         # [lengths, B]
+        decibels.append(torch.stack([psnr(d, originals) for d in decoded]))
+    curves = {"bits": torch.cat(bits).mean(0).tolist(), "unigram": unigram, "lengths": lengths,
+              "mse": torch.cat(errors, 1).mean(1).tolist(), "psnr": torch.cat(decibels, 1).mean(1).tolist()}
+    positions = range(1, tokens + 1)
+    data.save_picture(side_by_side([
+        line_plot("Bits a token, by position", "position in the sequence", "bits",
+                  {"AR generator": (positions, curves["bits"]), "entropy of the code alone": (positions, unigram)}),
+        line_plot("Error, by length of the prefix", "codes decoded", "mean squared error",
+                  {"first k codes": (lengths, curves["mse"])})], 2), picture)
+    return curves
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def name_rows(grid, names):
+    """A picture_grid with the name of each row at its left."""
+    font, height = ImageFont.load_default(14), (grid.height + 2) / len(names)
+    margin = int(max(font.getlength(name) for name in names)) + 14
+    image = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    image.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(image)
+    for i, name in enumerate(names):
+        draw.text((margin - 8, (i + 0.5) * height), name, "black", font, anchor="rm")
+    return image
+
+
+def side_by_side(images, columns):
+    """Images of one size as one, row by row."""
+    width, height = images[0].size
+    sheet = Image.new("RGB", (width * min(columns, len(images)), height * -(-len(images) // columns)), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def ticks(low, high, most=6):
+    """At most `most` round numbers within low .. high: multiples of 1, 2 or 5 times a power of ten."""
+    size = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(size * m for m in (1, 2, 5, 10, 20) if (high - low) / (size * m) <= most - 1)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def line_plot(title, x_name, y_name, curves, width=520, height=320):
+    """curves {name: (xs, ys)} -> a PIL image with axes, grid and legend. Drawn twice as large, then halved: smooth."""
+    xs, ys = (np.concatenate([np.asarray(curve[i], dtype=float) for curve in curves.values()]) for i in (0, 1))
+    spans = []                                                              # low and high of both axes
+    for values in (xs, ys):
+        room = 0.05 * (values.max() - values.min()) or 0.5                  # all alike: an axis needs a length
+        spans.append((values.min() - room, values.max() + room))
+    left, top, right, bottom = 140, 80, 2 * width - 40, 2 * height - 110    # of the axes, in pixels of the large image
+    image = Image.new("RGB", (2 * width, 2 * height), "white")
+    draw, small, large = ImageDraw.Draw(image), ImageFont.load_default(24), ImageFont.load_default(30)
+
+    def across(x):
+        return left + (x - spans[0][0]) / (spans[0][1] - spans[0][0]) * (right - left)
+
+    def up(y):
+        return bottom - (y - spans[1][0]) / (spans[1][1] - spans[1][0]) * (bottom - top)
+
+    for y in ticks(*spans[1]):
+        draw.line([(left, up(y)), (right, up(y))], "#e4e4e4", 2)
+        draw.text((left - 14, up(y)), f"{y:.4g}", "#333333", small, anchor="rm")
+    for x in ticks(*spans[0]):
+        draw.line([(across(x), bottom), (across(x), bottom + 10)], "#333333", 2)
+        draw.text((across(x), bottom + 16), f"{x:,.4g}", "#333333", small, anchor="ma")
+    draw.line([(left, top), (left, bottom), (right, bottom)], "#333333", 3)
+    draw.text((left, 20), title, "black", large)
+    draw.text((right, 2 * height - 24), x_name, "#333333", small, anchor="rd")
+    draw.text((left - 120, top - 14), y_name, "#333333", small, anchor="ld")
+    names_width = max(small.getlength(name) for name in curves) if len(curves) > 1 else 0
+    for i, ((name, (xs, ys)), colour) in enumerate(zip(curves.items(), ("#1f6fb4", "#d9542b", "#3a9a4e", "#7a55a8"))):
+        points = [(across(x), up(y)) for x, y in zip(xs, ys)]
+        draw.line(points, colour, 5, joint="curve")
+        for x, y in points if len(points) <= 40 else ():
+            draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+        if len(curves) > 1:
+            y = bottom - 24 - 34 * (len(curves) - 1 - i)
+            draw.line([(right - names_width - 70, y), (right - names_width - 20, y)], colour, 5)
+            draw.text((right - names_width - 8, y), name, "black", small, anchor="lm")
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+@torch.inference_mode()
+def draw_reconstructions(bench, files, reconstructions, prefixes):
+    """Two pictures, one test image of each class in a column: every stage's reconstruction, and the last stage's from
+    the first 1, 2, 4, ... codes (the paper's Fig. 6)."""
+    first = np.unique(bench.test.labels, return_index=True)[1][:10]         # the first image of each class
+    chosen = np.concatenate([first, np.setdiff1d(bench.indices, first)])[:10]
+    images = torch.from_numpy(bench.test.get_many(chosen, [None] * len(chosen))).to(bench.device).float() / 255
+    rows = {"original": images}
+    vqgan = load_vqgan(files["vqgan"], bench.device)
+    rows["VQGAN"] = vqgan.decode_codes(vqgan.encode(images))
+    stage1 = load_tokenizer(files["stage1"], bench.device)
+    rows["stage 1, soft"] = stage1.decode_codes(stage1.encode(images))
+    rows["stage 1, argmax"] = stage1.decode_codes(stage1.encode(images), hard=True)
+    stage2 = load_tokenizer(files["stage2"], bench.device)
+    codes = stage2.encode(images)                                           # [10, L]
+    rows["stage 2"] = stage2.decode_codes(codes)
+    save_rows(rows, reconstructions, bench)
+    tokens = codes.shape[1]
+    lengths = [2 ** i for i in range(tokens.bit_length()) if 2 ** i < tokens] + [tokens]
+    save_rows({"original": images, **{f"{k} code{'s'[:k > 1]}": stage2.decode_codes(codes[:, :k]) for k in lengths}},
+              prefixes, bench)
+
+
+def save_rows(rows, path, bench):
+    """{name: images [n, 3, H, W]} -> a picture with one row each."""
+    grid = data.picture_grid(torch.cat(list(rows.values())), len(rows["original"]), scale=max(1, 84 // bench.side))
+    data.save_picture(name_rows(grid, list(rows)), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+class Notebook:
+    """Measurements in a file, each with what it was made of: what has not changed is not measured again."""
+
+    def __init__(self, path, made_of):
+        self.path, self.made_of = path, made_of
+        try:
+            self.kept = json.loads(path.read_text())
+        except (OSError, ValueError):       # none yet, or damaged: measure
+            self.kept = {}
+
+    def __call__(self, name, files, measure, *pictures):
+        """measure(), or what it returned last time if files (and all else it depends on) and pictures still stand."""
+        made_of = [*self.made_of, *(stamp(file) for file in files)]
+        entry = self.kept.get(name)
+        if entry is None or entry["made_of"] != made_of or not all(picture.exists() for picture in pictures):
+            started = time.perf_counter()
+            value = measure()
+            entry = {"made_of": made_of, "value": value, "seconds": time.perf_counter() - started}
+            self.kept[name] = entry
+            trainer.write_atomically(self.path, lambda temporary: temporary.write_text(json.dumps(self.kept, indent=1)))
+        return entry["value"]
+
+
+def stamp(path):
+    """[name, size, time of change] of a file."""
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def stage_files(out, model, tokens):
+    """({stage: file}, {stage: the command that makes it})."""
+    name = f"{model}_{tokens}"
+    tokenizer = "" if model == "nativetok" else f" --tokenizer {out / name}_stage2.pt"
+    grown = "python hnt.py" if model == "nativetok" else f"python tokenizer.py --model {model}"
+    return ({"vqgan": out / "vqgan.pt", "half": out / f"{model}_{tokens // 2}.pt", "stage1": out / f"{name}.pt",
+             "stage2": out / f"{name}_stage2.pt", "ar": out / f"ar_{name}.pt", "maskgit": out / f"maskgit_{name}.pt"},
+            {"vqgan": "python vqgan.py", "stage1": f"{grown} --tokens {tokens}",
+             "stage2": f"python tokenizer.py --model {model} --stage 2 --tokens {tokens}",
+             "ar": f"python generator.py --mode ar --tokens {tokens}{tokenizer}",
+             "maskgit": f"python generator.py --mode maskgit --tokens {tokens}{tokenizer}"})
+
+
+def measure_all(bench, notebook, files):
+    """{stage: its scores} of every stage that exists; "data" is what the others are compared with."""
+    there = {stage: path for stage, path in files.items() if path.exists()}
+    scores = {"data": notebook("data", [], lambda: measure_data(bench))}
+    for stage, measure in (("vqgan", measure_vqgan), ("half", measure_stage1), ("stage1", measure_stage1),
+                           ("stage2", measure_stage2)):
+        if stage in there:
+            scores[stage] = notebook(stage, [there[stage]], lambda: measure(bench, there[stage]))
+    for stage in ("ar", "maskgit"):
+        if stage in there and "stage2" in there:
+            picture = bench.out / f"samples_{stage}.png"
+            scores[stage] = notebook(stage, [there[stage], there["stage2"]],
+                                     lambda: measure_samples(bench, there[stage], there["stage2"], picture), picture)
+    return scores
+
+
+def score_table(scores, name):
+    """A Markdown table, a row a stage and decode, aligned so that it reads well on the screen too."""
+    def row(stage, decode, s, suffix="", use=True):
+        cells = [f"{s[key + suffix]:{form}}" if key + suffix in s else ""
+                 for key, form in (("psnr", ".2f"), ("accuracy", ".3f"), ("fd", ".2f"))]
+        return [stage, decode, *cells, *(f"{s[k]:{form}}" if use and k in s else "" for k, form in
+                                         (("used", ".0%"), ("perplexity", ".0f")))]
+
+    model, tokens = name.rsplit("_", 1)
+    model = {"nativetok": "NativeTok", "titok": "TiTok", "titok_causal": "TiTok (causal)"}[model]
+    rows = [["stage", "decode", "PSNR, dB", "accuracy", "FD-classifier", "codes used", "perplexity"],
+            ["the test images themselves", "", "", f"{scores['data']['test_accuracy']:.3f}", "0", "", ""],
+            ["as many training images", "", "", "", f"{scores['data']['fd_floor']:.2f}", "", ""]]
+    if "vqgan" in scores:
+        rows += [row("0: VQGAN", "", scores["vqgan"])]
+    for stage, length in (("half", int(tokens) // 2), ("stage1", tokens)):
+        if stage in scores:
+            rows += [row(f"1: {model}-{length}", "soft", scores[stage]),
+                     row(f"1: {model}-{length}", "argmax", scores[stage], "_argmax", use=False)]
+    if "stage2" in scores:
+        rows += [row(f"2: {model}-{tokens}, decoder fine-tuned", "soft", scores["stage2"])]
+    for stage, title in (("ar", "AR"), ("maskgit", "MaskGIT")):
+        if stage in scores:
+            rows += [row(f"3: {title} samples, guidance {scores[stage]['guidance_scale']:g}", "soft", scores[stage])]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [" | ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+             for cells in rows]
+    rule = " | ".join("-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
+    return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def protocol(bench):
+    classes = "" if len(bench.test.classes) > 1 else " There is one class only, so that accuracy means nothing."
+    border = f" without its border of {bench.test.border} pixels" if bench.test.border else ""
+    return (f"Scored on {len(bench.indices):,} test images of {bench.test.name}, on the {bench.side}x{bench.side} "
+            f"picture{border}; samples: as many, with the labels of these. PSNR: mean of the images'. FD: Frechet "
+            f"distance to these images on 64 features of the FD-classifier, a small network trained on the training "
+            f"split; it is not FID. Accuracy: share that the same network gives the right class.{classes} Guidance "
+            f"makes samples typical of their class, so theirs can exceed that of reconstructions. Soft: the pixel "
+            f"decoder reads the VQGAN's embedding averaged with the predicted probabilities; argmax: that of the most "
+            f"probable code.")
+
+
+def machine(device):
+    """The machine in words: GPU, or CPU and cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", cpu)
+    return f"{name[1] if name else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def seconds_of(files, notebook):
+    """{stage: seconds}, from the training logs; "evaluate": what all measurements took, the classifier included."""
+    logs = {stage: trainer.read_log(path.with_suffix(".jsonl")) for stage, path in files.items()}
+    grown = bool(logs["stage1"]) and "frozen" in logs["stage1"][-1]         # then "half" is stage 1, and this is HNT
+    names = {"vqgan": "vqgan", "half": "stage1", "stage1": "hnt"} if grown else {"vqgan": "vqgan", "stage1": "stage1"}
+    names |= {stage: stage for stage in ("stage2", "ar", "maskgit")}
+    seconds = {name: round(logs[stage][-1]["seconds"], 1) for stage, name in names.items() if logs[stage]}
+    return {**seconds, "evaluate": round(sum(entry["seconds"] for entry in notebook.kept.values()), 1)}
+
+
+def draw_losses(files, path):
+    titles = {"vqgan": "Stage 0: VQGAN", "half": "Stage 1: half the tokens", "stage1": "Stage 1: all tokens",
+              "stage2": "Stage 2: decoder fine-tune", "ar": "AR generator", "maskgit": "MaskGIT generator"}
+    logs = {stage: trainer.read_log(files[stage].with_suffix(".jsonl")) for stage in titles}
+    plots = [line_plot(titles[stage], "step", "loss", {"loss": tuple(zip(*((line["step"], line["loss"]) for line in log)))})
+             for stage, log in logs.items() if log]
+    if plots:
+        data.save_picture(side_by_side(plots, 2), path)
+    return bool(plots)
+
+
+def report(args, bench, notebook, files, name, seed):
+    """Write report.md, scores.json and the pictures; print the table."""
+    out, scores = bench.out, measure_all(bench, notebook, files)
+    drawn = [out / "reconstructions.png", out / "prefixes.png"]
+    notebook("pictures", [files[s] for s in ("vqgan", "stage1", "stage2")],
+             lambda: draw_reconstructions(bench, files, *drawn), *drawn)
+    order = notebook("order", [files["ar"], files["stage2"]],
+                     lambda: measure_order(bench, files["ar"], files["stage2"], out / "order.png"), out / "order.png")
+    has_losses = draw_losses(files, out / "losses.png")
+    seconds, where = seconds_of(files, notebook), notebook("machine", [], lambda: machine(bench.device))
+    log = trainer.read_log(files["stage1"].with_suffix(".jsonl"))
+    ratio = log[-1].get("step_ratio") if log else None                      # None: not grown, but trained at once
+
+    def only(stage, *keys):
+        return {key: scores[stage][key] for key in keys}
+
+    numbers = {
+        "data": bench.test.name, "seed": seed, "seconds": seconds,
+        "vqgan": only("vqgan", "psnr", "perplexity", "accuracy", "fd"),
+        "stage1": only("stage1", "psnr", "psnr_argmax", "accuracy", "accuracy_argmax", "fd", "fd_argmax", "perplexity"),
+        "stage2": only("stage2", "psnr", "accuracy", "fd"),
+        "ar": only("ar", "accuracy", "fd", "guidance_scale"),
+        "maskgit": only("maskgit", "accuracy", "fd", "guidance_scale"),
+        "hnt": {"step_ratio": ratio},
+        "classifier": {"test_accuracy": scores["data"]["test_accuracy"]}, "fd_floor": scores["data"]["fd_floor"]}
+    table = score_table(scores, name)
+    total = sum(seconds.values())
+    kind = "photographed" if bench.test.photographs else "drawn, not photographed"
+    times = " | ".join(seconds), " | ".join("---:" for _ in seconds), " | ".join(f"{s:.0f}" for s in seconds.values())
+    repeats = {stage: scores[stage]["repeats"] for stage in ("ar", "maskgit")}
+    bits, unigram = sum(order["bits"]), sum(order["unigram"])
+
+    def first_and_last(values, form):
+        return f"{values[0]:{form}} at the first to {values[-1]:{form}} at the last"
+
+    text = f"""# {name}, {args.config}: report
+
+Data: {bench.test.name} ({kind}), {len(bench.train):,} training and {len(bench.test):,} test images,
+{bench.test.image_size}x{bench.test.image_size}. Machine: {where}; torch {torch.__version__}.
+Training seed {seed}, sampling seed {bench.seed}.
+
+| seconds | {times[0]} | all |
+| --- | {times[1]} | ---: |
+| | {times[2]} | {total:.0f} |
+
+## Scores
+
+{table}
+
+{protocol(bench)}
+
+- Of the first 100 samples of each class, {repeats['ar']} (AR) and {repeats['maskgit']} (MaskGIT) repeat the codes of
+  an earlier one. 0: no two are alike.
+- A frozen step of Hierarchical Native Training takes {f'{ratio:.2f} times' if ratio else '(not measured) as many'} the
+  seconds of a full one.
+
+## Pictures
+
+![](reconstructions.png)
+
+Original test images over their reconstructions. Look for what gets lost on the way: the VQGAN blurs a little; stage 1
+must say it all with {len(order['bits'])} codes and loses prints and textures first; stage 2 should be sharper than
+stage 1, soft, and truer than argmax.
+
+![](prefixes.png)
+
+The same images from the first 1, 2, 4, ... codes alone. Look for what comes first: kind and outline, then tone and
+detail. The decoder was trained on whole sequences, so short prefixes also show what it takes for likely.
+
+![](samples_ar.png)
+
+New images from the AR generator, one row a class. Look for variety within a row, and for clothes that belong to the
+row's class.
+
+![](samples_maskgit.png)
+
+The same from the MaskGIT generator, in a few passes instead of one a code. Look for parts that do not fit each other.
+
+![](order.png)
+
+Left: what a code costs under the AR generator, {first_and_last(order['bits'], '.2f')} position, {bits:.1f} bits
+an image; without class and context it would be {unigram:.1f}. Look for the gap between the lines: it is what the
+class and the codes before it tell of the next one. Right: the error of the first k codes,
+{first_and_last(order['mse'], '.4f')}. Look for a fall that is steep at first: early codes carry most.
+
+""" + ("""![](losses.png)
+
+Loss by step, a panel a stage. Look for curves that flatten, not rise; in "all tokens" for the small step down near the
+end, where everything trains again. Stage 2's loss holds an adversarial part and need not fall.
+""" if has_losses else "")
+    text = text.replace("clothes", "clothes" if bench.test.name == "fashion" else "things")
+    for path, content in ((out / "report.md", text), (out / "scores.json", json.dumps(numbers, indent=1) + "\n"),
+                          (out / "curves.json", json.dumps(order, indent=1) + "\n")):
+        trainer.write_atomically(path, lambda temporary: temporary.write_text(content))
+    print(f"{table}\n{protocol(bench)}\nseconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+          + f"; all {total:.0f}\n{out / 'report.md'}: the same with pictures")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+
+def speed(device, rounds=7):
+    """Print seconds of MoCET forward and backward, fast and plain form, medians of interleaved rounds."""
+    print(f"MoCET, forward and backward, {machine(device)}, torch {torch.__version__}; medians of {rounds} interleaved "
+          f"rounds")
+    print(f"{'size':<6} {'tokens':>6} {'width':>6} {'batch':>6} {'plain, s':>9} {'fast, s':>9} {'plain / fast':>13}")
+    for size, batch in (("toy", 32), ("full", 2)):
+        c = PRESETS[size]
+        mocet = MoCET(c.tokens, c.expert_width, c.expert_heads, c.expert_layers).to(device)
+        x_latent = torch.randn(batch, c.patches, c.expert_width, device=device, requires_grad=True)
+        seconds = {"plain": [], "fast": []}
+        for i in range(rounds + 1):                                         # the first warms up and is not counted
+            for name, form in (("plain", mocet.forward_plain), ("fast", mocet.forward)):
+                mocet.zero_grad()
+                started = time.perf_counter()
+                form(x_latent).square().mean().backward()
+                if device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                seconds[name] += [time.perf_counter() - started] if i else []
+        plain, fast = (statistics.median(seconds[name]) for name in ("plain", "fast"))
+        print(f"{size:<6} {c.tokens:>6} {c.expert_width:>6} {batch:>6} {plain:>9.4f} {fast:>9.4f} {plain / fast:>13.2f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def main():
+    parser = trainer.ArgumentParser(__doc__)
+    parser.add_argument("what", choices=("report", "scores", "speed"))
+    parser.add_argument("--config", choices=("toy", "full"), help="default: full where CUDA is present, else toy")
+    parser.add_argument("--data", help="as in training: shapes, fashion, auto or a folder")
+    parser.add_argument("--out", help="folder of the results, default out/<config>")
+    parser.add_argument("--model", choices=MODELS, default="nativetok", help="the tokenizer's kind")
+    parser.add_argument("--tokens", type=int, help="its length, default 16 (toy) or 32 (full)")
+    parser.add_argument("--images", type=int, default=10_000, help="test images to score on")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where present")
+    args = trainer.parse(parser)
+    if args.what == "speed":
+        return speed(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokens = args.tokens or PRESETS[args.config].tokens
+    if tokens < 1 or args.images < 2:
+        raise BadInput(f"--tokens {tokens} --images {args.images}: at least 1 token and 2 images")
+    name, (files, commands) = f"{args.model}_{tokens}", stage_files(args.out, args.model, tokens)
+    missing = [stage for stage in commands if not files[stage].exists()]
+    if "vqgan" in missing or (args.what == "report" and missing):
+        raise BadInput(f"{files[missing[0]]}: not found. Train it first: {commands[missing[0]]}")
+    checkpoint = trainer.load_checkpoint(files["vqgan"], "vqgan", make=commands["vqgan"])
+    bench = Bench(args, checkpoint["config"]["image_size"])
+    made_of = [bench.train.fingerprint, bench.test.fingerprint, len(bench.indices), args.seed, stamp(Path(__file__))]
+    notebook = Notebook(args.out / "measured.json", made_of)
+    if args.what == "report":
+        return report(args, bench, notebook, files, name, checkpoint.get("seed"))
+    print(f"{score_table(measure_all(bench, notebook, files), name)}\n{protocol(bench)}")
+    for stage in missing:
+        print(f"not there yet: {files[stage]}. It comes from: {commands[stage]}")
+
+
+if __name__ == "__main__":
+    trainer.launch(main)

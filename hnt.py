@@ -12,7 +12,7 @@ the state dict (`grow`): MIT and experts 0 .. 7 are kept, expert 8 + j starts as
     for the last 10 %       everything trains
 
 Frozen modules get no gradient and build no graph: torch records nothing for a module whose parameters and inputs need no
-gradient. So a frozen step is cheaper (the paper: 1.15 s instead of 1.53 s), which this script prints at the end.
+gradient. So a frozen step is cheaper (the paper: 1.15 s instead of 1.53 s); this script measures and prints by how much.
 
 --strategy (Table 3b):  full             random weights, everything trains: what HNT is compared with
                         reuse            grow, and stay frozen to the end
@@ -20,7 +20,9 @@ gradient. So a frozen step is cheaper (the paper: 1.15 s instead of 1.53 s), whi
 
 Letters as in tokenizer.py: B batch, L tokens, D width of the decoder.
 """
+import copy
 import re
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -95,14 +97,25 @@ def find_source(args, tokens):
     return max(shorter)[1]
 
 
-def step_ratio(log_path):
-    """Seconds of a frozen step / seconds of a full step, medians over the log's lines; None if one kind is missing."""
-    lines = [line for line in trainer.read_log(log_path) if "step_seconds" in line]
-    frozen = [line["step_seconds"] for line in lines if line["frozen"] == 1.0]
-    full = [line["step_seconds"] for line in lines if line["frozen"] == 0.0]
-    if not frozen or not full:
-        return None
-    return float(torch.tensor(frozen).median() / torch.tensor(full).median())
+def step_ratio(run, model, reused, teacher, images, pairs=5):
+    """Seconds of a frozen forward and backward / those of a full one: medians of `pairs` of both, taken in turn, since
+    on a shared machine two times taken minutes apart cannot be compared."""
+    full, frozen = Stage1(copy.deepcopy(model)), Stage1(copy.deepcopy(model))
+    unfreeze(full.model)
+    freeze_reused(frozen.model, reused)
+    seconds = {full: [], frozen: []}
+    for _ in range(1 + pairs):
+        for stage in (full, frozen):
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            with run.autocast():
+                loss = stage(images, teacher.encode(images).flatten(1))[0]
+            loss.backward()
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            seconds[stage].append(time.perf_counter() - started)
+    return statistics.median(seconds[frozen][1:]) / statistics.median(seconds[full][1:])     # the first warms up
 
 
 def train(args):
@@ -140,9 +153,11 @@ def train(args):
             f"{training.steps} steps")
     batches = data.batches(train_set, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world,
                            training.workers)
+    sample = torch.stack([torch.from_numpy(train_set.get(i)) for i in range(run.piece // run.world)]) / 255
+    ratio = step_ratio(run, model, reused, teacher, sample.to(run.device))
+    run.say(f"a frozen step takes {ratio:.2f} times as long as a full one")
 
     for step in run.steps():
-        started = time.perf_counter()
         if frozen and step == frozen_steps:     # the last 10 %: everything trains, under a new optimizer
             frozen = False
             unfreeze(model)
@@ -157,12 +172,9 @@ def train(args):
         model.quantizer.track_usage(z, codes)   # counted, never revived: moving a code would change the old tokens
         ema.update(model)
         run.log(step, loss=loss, grad_norm=grad_norm, **parts, **model.quantizer.use(), frozen=float(frozen),
-                step_seconds=time.perf_counter() - started)
+                step_ratio=ratio)
         if run.preview(step):
             tokenizer.save_preview(ema.model, originals, run.path.with_name(f"{run.path.stem}_preview.png"))
-    ratio = step_ratio(run.log_path)
-    if ratio:
-        run.say(f"a frozen step took {ratio:.2f} times as long as a full one")
 
 
 def main():

@@ -502,10 +502,11 @@ def train_stage2(args):
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
     perceptual = vqgan.perceptual_network(weights.perceptual, train_set, args.out, args.convnext, run.device)
 
-    model = model.to(run.device)
+    model = model.to(run.device, memory_format=torch.channels_last)         # faster convolutions, same numbers
     for part in (model.decoder, model.pixel_decoder):                       # everything else stays frozen
         part.requires_grad_(True)
-    discriminator = vqgan.Discriminator(weights.discriminator_width).to(run.device)
+    discriminator = vqgan.Discriminator(weights.discriminator_width, min(16, config.image_size // 8))
+    discriminator = discriminator.to(run.device, memory_format=torch.channels_last)
     stage = run.parallel(Stage2(model, perceptual, weights))
     judge = DiscriminatorLoss(discriminator, weights.lecam_weight).to(run.device)
     judge_stage = run.parallel(judge)

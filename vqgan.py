@@ -61,7 +61,7 @@ PRESETS = {
     "full": VQGANConfig(),
 }
 TRAINING = {
-    "toy": TrainConfig(steps=850, batch_size=32, learning_rate=4e-3, end_learning_rate=1e-4, warmup=50, ema=0.99,
+    "toy": TrainConfig(steps=1700, batch_size=16, learning_rate=4e-3, end_learning_rate=1e-4, warmup=50, ema=0.995,
                        workers=0, log_every=25, save_every=200, preview_every=200),
     "full": TrainConfig(),
 }
@@ -411,7 +411,9 @@ class ConvNeXtSmall(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """TiTok's PatchGAN: images [B, 3, H, W] -> a logit for each of 16x16 regions [B, 1, 16, 16]; real is positive."""
+    """TiTok's PatchGAN: images [B, 3, H, W] -> a logit for each of grid x grid regions; real is positive.
+
+    grid is 16 in TiTok, for 256 pixels; three halvings leave a toy's 32 pixels no more than 4."""
 
     def __init__(self, width=128, grid=16):
         super().__init__()
@@ -433,7 +435,7 @@ class Discriminator(nn.Module):
             x = F.pad(x, (1, 1, 1, 1), mode="reflect")          # blur, then take every second pixel (1904.11486)
             x = F.conv2d(x, self.blur.to(x.dtype).expand(x.shape[1], 1, 4, 4), stride=2, groups=x.shape[1])
             x = F.leaky_relu(norm(x), 0.1)                      # half the resolution
-        return self.to_logits(self.pool(x))                     # [B, 1, 16, 16]
+        return self.to_logits(self.pool(x))                     # [B, 1, grid, grid]
 
 
 class LeCam(nn.Module):
