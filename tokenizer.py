@@ -89,8 +89,8 @@ PRESETS = {
     "titok_full": TokenizerConfig(model="titok", encoder_layers=24),            # TiTok-L-32
 }
 TRAINING = {
-    ("toy", 1): TrainConfig(steps=1000, batch_size=32, learning_rate=1e-3, end_learning_rate=5e-5, warmup=50, ema=0.99,
-                            workers=0, log_every=50, save_every=250, preview_every=250),
+    ("toy", 1): TrainConfig(steps=1800, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5, warmup=50, ema=0.99,
+                            workers=0, log_every=50, save_every=300, preview_every=600),
     ("toy", 2): TrainConfig(steps=300, batch_size=32, learning_rate=5e-4, end_learning_rate=5e-5, warmup=20, ema=0.99,
                             beta2=0.999, workers=0, log_every=25, save_every=100, preview_every=100),
     ("full", 1): TrainConfig(),

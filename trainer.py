@@ -32,7 +32,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -123,7 +122,7 @@ class TrainConfig:
     warmup: int = 5_000             # steps of linear warm-up
     beta1: float = 0.9              # AdamW: momentum
     beta2: float = 0.99             # AdamW: second moment
-    weight_decay: float = 1e-4      # AdamW: on matrices only, not on biases, gains and embeddings
+    weight_decay: float = 1e-4      # AdamW: on matrices and tables, not on biases and gains
     clip: float = 1.0               # largest gradient norm
     ema: float = 0.999              # decay of the averaged weights, which every later stage uses
     bf16: bool = True               # bfloat16 autocast where CUDA is present
@@ -362,7 +361,7 @@ class Run:
         self.checkpoint = None
 
     def adamw(self, parameters, learning_rate=None):
-        """AdamW over the parameters that train and nothing else. Weight decay on matrices only (nanoGPT's rule)."""
+        """AdamW over the parameters that train and nothing else. Weight decay where ndim >= 2 (nanoGPT's rule)."""
         t, parameters = self.training, [p for p in parameters if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": t.weight_decay},
                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
@@ -524,19 +523,15 @@ def gather(value, world):
 
 
 def random_state():
-    """This process's random state: torch on the CPU and on the current CUDA device, and NumPy's."""
-    name, keys, position, *gauss = np.random.get_state()
+    """This process's random state, of the CPU and of the current CUDA device. Nothing here draws from NumPy's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
-    return {"cpu": torch.get_rng_state(), "cuda": cuda,
-            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, *gauss]}
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_state(state):
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]):
         torch.cuda.set_rng_state(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
 def fingerprint(module, leave_out=()):
