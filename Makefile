@@ -10,10 +10,10 @@ SEED ?= 0
 
 ifdef LONG
 OUT ?= out/toy_long
-VQGAN_STEPS := --steps 3000
-TOKENIZER_STEPS := --steps 5000
-HNT_STEPS := --steps 3000
-STAGE2_STEPS := --steps 1500
+VQGAN_STEPS := --steps 6000
+TOKENIZER_STEPS := --steps 9000
+HNT_STEPS := --steps 6000
+STAGE2_STEPS := --steps 2000
 AR_STEPS := --steps 3500
 MASKGIT_STEPS := --steps 4000
 else

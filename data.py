@@ -367,8 +367,8 @@ class Folder(Images):
         self.unreadable[index] = reason
         if get_worker_info() is None:
             count = len(self.unreadable)
-            say(f"{self.root / self.files[index]}: skipped, cannot be read ({reason}); "
-                f"{count} of {len(self):,} so far")
+            print(f"{self.root / self.files[index]}: skipped, cannot be read ({reason}); "
+                  f"{count} of {len(self):,} so far", flush=True)
             if count > UNREADABLE * len(self):
                 raise BadInput(f"{self.root}: {count} of {len(self):,} files cannot be read, more than "
                                f"{UNREADABLE:.0%}. Mend or remove {self.files[index]} and the ones named above")

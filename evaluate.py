@@ -4,11 +4,11 @@
     python evaluate.py scores       # only the table, of the stages that exist so far
     python evaluate.py speed        # MoCET's fast form against its plain form
 
-Protocol: the first --images test images (10,000 unless the data has fewer), without their border of padding; PSNR is
-the mean of the images' PSNR. Accuracy and the Frechet distance (FD) come from a small classifier that is trained here,
-on the data's own training split, and that no stage was trained against. It is called FD-classifier: it is not FID, and
-its values mean nothing beside values on other data. What is measured is kept in <out>/measured.json with what it was
-measured on, so that a second report takes seconds.
+Protocol: 10,000 test images (--images; all where the data has fewer), without their border of padding; 2,500 samples
+(--samples), with the same balance of classes. PSNR is the mean of the images' PSNR. Accuracy and the Frechet distance
+(FD) come from a small classifier that is trained here, on the data's own training split, and that no stage was trained
+against. It is called FD-classifier: it is not FID, and its values mean nothing beside values on other data.
+What is measured is kept in <out>/measured.json with what it was measured on, so that a second report takes seconds.
 
 Letters: B batch, H W pixels, n images of a set, L tokens, K codes in the codebook, D features.
 Images are float32 [B, 3, H, W] in [0, 1], codes int64 [B, L], labels int64 [B].
@@ -38,7 +38,7 @@ from tokenizer import MODELS, PRESETS, MoCET, load_tokenizer
 from trainer import BadInput
 from vqgan import load_vqgan
 
-BATCH = 250         # images at once where nothing is trained
+BATCH = 100         # images at once where nothing is trained: larger ones fall out of a CPU's caches
 bar = functools.partial(tqdm, leave=False, disable=None)       # shown on a terminal only, and gone when done
 
 
@@ -136,24 +136,21 @@ def fd_classifier(train_set, test_set, path, device="cpu", steps=900, batch_size
     same data give the same network whatever --seed is.
     """
     made_of, path = [train_set.fingerprint, test_set.fingerprint, steps, batch_size], Path(path)
-    model = FDClassifier(len(train_set.classes)).to(device, memory_format=torch.channels_last)
+    with torch.random.fork_rng():
+        torch.manual_seed(2718)
+        model = FDClassifier(len(train_set.classes)).to(device, memory_format=torch.channels_last)
     if path.exists():
         checkpoint = trainer.load_checkpoint(path, "fd_classifier", make=f"rm {path}; python evaluate.py scores")
         if checkpoint["config"]["made_of"] == made_of:
             trainer.load_weights(model, checkpoint["model"], path)
             return model.eval().requires_grad_(False), checkpoint["test_accuracy"]
-    with torch.random.fork_rng():
-        torch.manual_seed(2718)
-        for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        batches = data.batches(train_set, batch_size, seed=2718)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in tqdm(range(steps), "FD-classifier", unit="step", mininterval=1.0):
-            images, labels = (t.to(device) for t in next(batches))
-            loss = F.cross_entropy(model(without_border(images, train_set.border)), labels)
-            optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+    batches = data.batches(train_set, batch_size, seed=2718)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in tqdm(range(steps), "FD-classifier", unit="step", mininterval=1.0):
+        images, labels = (t.to(device) for t in next(batches))
+        loss = F.cross_entropy(model(without_border(images, train_set.border)), labels)
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
     model.eval().requires_grad_(False)
     right = [model(without_border(images.to(device), test_set.border)).argmax(1).cpu() == labels
              for images, labels in images_of(test_set, 10_000)]
@@ -198,6 +195,8 @@ class Bench:
         self.side = image_size - 2 * self.test.border                       # pixels of the picture that is scored
         self.indices = subset(self.test, args.images)
         self.labels = torch.from_numpy(self.test.labels[self.indices])      # [n]
+        picks = np.linspace(0, len(self.labels) - 1, min(args.samples, len(self.labels))).round()
+        self.sample_labels = self.labels.sort().values[picks.astype(int)]   # fewer, in the same balance of classes
         self.codes = {}
 
     @functools.cached_property
@@ -220,21 +219,26 @@ class Bench:
             for images, _ in bar(self.images(dataset), f"features of {dataset.split}")]))
 
     @torch.inference_mode()
-    def encode(self, path, model):
-        """The codes of the test images under the model of this file, [n, L] or [n, h, w]."""
-        if path not in self.codes:
-            batches = bar(self.images(self.test), f"codes of {path.stem}")
-            self.codes[path] = torch.cat([model.encode(images.to(self.device)).cpu() for images, _ in batches])
-        return self.codes[path]
+    def encode(self, model):
+        """The codes of the test images, [n, L] or [n, h, w]. Once for stages 1 and 2, which give the same."""
+        key = codes_fingerprint(model)
+        if key not in self.codes:
+            batches = bar(self.images(self.test), "codes")
+            self.codes[key] = torch.cat([model.encode(images.to(self.device)).cpu() for images, _ in batches])
+        return self.codes[key]
 
-    def score(self, codes, decode, reconstruction=True):
-        """The score of the pictures that decode makes of codes [n, ...]: of the test images, or new ones of their
-        labels."""
-        def pictures():
-            originals = self.images(self.test) if reconstruction else ((None, labels) for labels in self.labels.split(BATCH))
-            for batch, (images, labels) in zip(bar(codes.split(BATCH), "decoding"), originals):
-                yield decode(batch.to(self.device)), labels, images.to(self.device) if reconstruction else None
-        return score(pictures(), self.classifier_and_accuracy[0], self.reference, self.test.border)
+    def score_reconstructions(self, codes, decode):
+        """codes [n, ...] of the test images."""
+        batches = zip(bar(codes.split(BATCH), "decoding"), self.images(self.test))
+        return score(((decode(batch.to(self.device)), labels, images.to(self.device))
+                      for batch, (images, labels) in batches),
+                     self.classifier_and_accuracy[0], self.reference, self.test.border)
+
+    def score_samples(self, codes, decode):
+        """codes [samples, L], made for sample_labels."""
+        batches = zip(bar(codes.split(BATCH), "decoding"), self.sample_labels.split(BATCH))
+        return score(((decode(batch.to(self.device)), labels, None) for batch, labels in batches),
+                     self.classifier_and_accuracy[0], self.reference, self.test.border)
 
 
 def measure_data(bench):
@@ -247,46 +251,50 @@ def measure_data(bench):
 
 def measure_vqgan(bench, path):
     model = load_vqgan(path, bench.device)
-    codes = bench.encode(path, model)                                       # [n, h, w]
+    codes = bench.encode(model)                                             # [n, h, w]
     used, perplexity = codebook_use(codes, model.config.codebook_size)
-    return {**bench.score(codes, model.decode_codes), "used": used, "perplexity": perplexity}
+    return {**bench.score_reconstructions(codes, model.decode_codes), "used": used, "perplexity": perplexity}
 
 
 def measure_stage1(bench, path):
     """Both decodes: soft (expected VQGAN embedding) wins PSNR, argmax (most probable code) wins accuracy and FD."""
     model = load_tokenizer(path, bench.device)
-    codes = bench.encode(path, model)                                       # [n, L]
+    codes = bench.encode(model)                                             # [n, L]
     used, perplexity = codebook_use(codes, model.config.codebook_size)
-    hard = bench.score(codes, functools.partial(model.decode_codes, hard=True))
-    return {**bench.score(codes, model.decode_codes), **{f"{name}_argmax": value for name, value in hard.items()},
-            "used": used, "perplexity": perplexity}
+    hard = bench.score_reconstructions(codes, functools.partial(model.decode_codes, hard=True))
+    return {**bench.score_reconstructions(codes, model.decode_codes), "used": used, "perplexity": perplexity,
+            **{f"{name}_argmax": value for name, value in hard.items()}}
 
 
 def measure_stage2(bench, path):
     model = load_tokenizer(path, bench.device)
-    return bench.score(bench.encode(path, model), model.decode_codes)
+    return bench.score_reconstructions(bench.encode(model), model.decode_codes)
 
 
 def measure_samples(bench, path, tokenizer_path, picture):
-    """New images, one for the label of each test image, and a picture of them with one row a class.
+    """New images for bench.sample_labels, and a picture of them with one row a class.
 
     "repeats": how many of the first 100 samples of a class have the codes of an earlier one, summed over classes.
     """
+    generator, tokenizer = load_pair(bench, path, tokenizer_path)
+    codes = sample_codes(generator, bench.sample_labels, bench.seed, BATCH // 2)                        # [samples, L]
+    of_class = [codes[bench.sample_labels == label][:100] for label in bench.sample_labels.unique()]
+    columns = min(10, *map(len, of_class[:20]))
+    grid = torch.cat([rows[:columns] for rows in of_class[:20]]).to(bench.device)                       # up to 20 rows
+    names = [bench.test.classes[label] for label in bench.sample_labels.unique()[:20]]
+    grid = data.picture_grid(tokenizer.decode_codes(grid), columns, scale=max(1, 64 // bench.side))
+    data.save_picture(name_rows(grid, names), picture)
+    return {**bench.score_samples(codes, tokenizer.decode_codes), "guidance_scale": generator.config.guidance_scale,
+            "repeats": sum(len(rows) - len(rows.unique(dim=0)) for rows in of_class)}
+
+
+def load_pair(bench, path, tokenizer_path):
+    """(generator, tokenizer), checked to speak of the same codes."""
     generator, tokenizer = load_generator(path, bench.device), load_tokenizer(tokenizer_path, bench.device)
     if generator.about["fingerprint"] != codes_fingerprint(tokenizer):
-        raise BadInput(f"{path}: trained on the codes of another tokenizer than {tokenizer_path}. Train it again: "
+        raise BadInput(f"{path}: trained on other codes than those of {tokenizer_path}. Train it again: "
                        f"python generator.py --mode {generator.config.mode} --overwrite")
-    codes = sample_codes(generator, bench.labels, bench.seed)               # [n, L]
-    of_class = [codes[bench.labels == label][:100] for label in bench.labels.unique()]
-    shown = of_class[:20]
-    with torch.inference_mode():
-        rows = [tokenizer.decode_codes(rows[:10].to(bench.device)).cpu() for rows in shown]
-    columns = min(map(len, rows))
-    grid = data.picture_grid(torch.cat([row[:columns] for row in rows]), columns, scale=max(1, 64 // bench.side))
-    data.save_picture(name_rows(grid, [bench.test.classes[label] for label in bench.labels.unique()[:20]]), picture)
-    return {**bench.score(codes, tokenizer.decode_codes, reconstruction=False),
-            "guidance_scale": generator.config.guidance_scale,
-            "repeats": sum(len(rows) - len(rows.unique(dim=0)) for rows in of_class)}
+    return generator, tokenizer
 
 
 @torch.inference_mode()
@@ -295,10 +303,10 @@ def measure_order(bench, ar_path, tokenizer_path, picture):
 
     bits: mean -log2 p(code_i | class, codes before it) under the AR generator, on the test images' codes; unigram: the
     entropy of code_i alone in them, which is what a generator without context could reach. mse, psnr: reconstructions
-    of 1,000 test images from their first `lengths` codes.
+    of 250 test images from their first `lengths` codes.
     """
-    ar, tokenizer = load_generator(ar_path, bench.device), load_tokenizer(tokenizer_path, bench.device)
-    codes, border = bench.encode(tokenizer_path, tokenizer), bench.test.border                          # [n, L]
+    ar, tokenizer = load_pair(bench, ar_path, tokenizer_path)
+    codes, border = bench.encode(tokenizer), bench.test.border                                          # [n, L]
     bits = []
     for batch, labels in zip(bar(codes.split(BATCH), "bits a token"), bench.labels.split(BATCH)):
         logits = ar(batch.to(bench.device), labels.to(bench.device)).float()                            # [B, L, K]
@@ -308,7 +316,7 @@ def measure_order(bench, ar_path, tokenizer_path, picture):
     tokens = codes.shape[1]
     lengths = sorted({round(k) for k in np.linspace(1, tokens, min(tokens, 32))})
     errors, decibels = [], []
-    for images, _ in bar(images_of(bench.test, min(1000, len(codes))), "prefixes"):
+    for images, _ in bar(images_of(bench.test, min(250, len(codes))), "prefixes"):
         images = images.to(bench.device)
         prefix_codes, originals = tokenizer.encode(images), without_border(images, border)              # [B, L]
         decoded = [without_border(tokenizer.decode_codes(prefix_codes[:, :k]), border) for k in lengths]
@@ -318,10 +326,11 @@ def measure_order(bench, ar_path, tokenizer_path, picture):
               "mse": torch.cat(errors, 1).mean(1).tolist(), "psnr": torch.cat(decibels, 1).mean(1).tolist()}
     positions = range(1, tokens + 1)
     data.save_picture(side_by_side([
-        line_plot("Bits a token, by position", "position in the sequence", "bits",
-                  {"AR generator": (positions, curves["bits"]), "entropy of the code alone": (positions, unigram)}),
-        line_plot("Error, by length of the prefix", "codes decoded", "mean squared error",
-                  {"first k codes": (lengths, curves["mse"])})], 2), picture)
+        line_plot("Bits a token, by position", "position in the sequence",
+                  {"under the AR generator": (positions, curves["bits"]),
+                   "entropy of the code alone": (positions, unigram)}),
+        line_plot("Error, by length of the prefix", "first k codes decoded",
+                  {"mean squared error": (lengths, curves["mse"])})], 2), picture)
     return curves
 
 
@@ -349,50 +358,48 @@ def side_by_side(images, columns):
     return sheet
 
 
-def ticks(low, high, most=6):
+def ticks(low, high, most=7):
     """At most `most` round numbers within low .. high: multiples of 1, 2 or 5 times a power of ten."""
     size = 10 ** math.floor(math.log10((high - low) / most))
     step = next(size * m for m in (1, 2, 5, 10, 20) if (high - low) / (size * m) <= most - 1)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def line_plot(title, x_name, y_name, curves, width=520, height=320):
+def line_plot(title, x_name, curves, width=520, height=320):
     """curves {name: (xs, ys)} -> a PIL image with axes, grid and legend. Drawn twice as large, then halved: smooth."""
-    xs, ys = (np.concatenate([np.asarray(curve[i], dtype=float) for curve in curves.values()]) for i in (0, 1))
-    spans = []                                                              # low and high of both axes
-    for values in (xs, ys):
-        room = 0.05 * (values.max() - values.min()) or 0.5                  # all alike: an axis needs a length
-        spans.append((values.min() - room, values.max() + room))
-    left, top, right, bottom = 140, 80, 2 * width - 40, 2 * height - 110    # of the axes, in pixels of the large image
+    def span(values):
+        room = 0.05 * (max(values) - min(values)) or 0.5                    # all alike: an axis needs a length
+        return min(values) - room, max(values) + room
+
+    (x_low, x_high), (y_low, y_high) = (span([v for curve in curves.values() for v in curve[i]]) for i in (0, 1))
+    left, top, right, bottom = 140, 110, 2 * width - 40, 2 * height - 100   # of the axes, in pixels of the large image
     image = Image.new("RGB", (2 * width, 2 * height), "white")
     draw, small, large = ImageDraw.Draw(image), ImageFont.load_default(24), ImageFont.load_default(30)
 
     def across(x):
-        return left + (x - spans[0][0]) / (spans[0][1] - spans[0][0]) * (right - left)
+        return left + (x - x_low) / (x_high - x_low) * (right - left)
 
     def up(y):
-        return bottom - (y - spans[1][0]) / (spans[1][1] - spans[1][0]) * (bottom - top)
+        return bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
 
-    for y in ticks(*spans[1]):
+    for y in ticks(y_low, y_high):
         draw.line([(left, up(y)), (right, up(y))], "#e4e4e4", 2)
-        draw.text((left - 14, up(y)), f"{y:.4g}", "#333333", small, anchor="rm")
-    for x in ticks(*spans[0]):
+        draw.text((left - 14, up(y)), f"{y:.6g}", "#333333", small, anchor="rm")
+    for x in ticks(x_low, x_high):
         draw.line([(across(x), bottom), (across(x), bottom + 10)], "#333333", 2)
-        draw.text((across(x), bottom + 16), f"{x:,.4g}", "#333333", small, anchor="ma")
+        draw.text((across(x), bottom + 16), f"{x:.6g}", "#333333", small, anchor="ma")
     draw.line([(left, top), (left, bottom), (right, bottom)], "#333333", 3)
-    draw.text((left, 20), title, "black", large)
-    draw.text((right, 2 * height - 24), x_name, "#333333", small, anchor="rd")
-    draw.text((left - 120, top - 14), y_name, "#333333", small, anchor="ld")
-    names_width = max(small.getlength(name) for name in curves) if len(curves) > 1 else 0
-    for i, ((name, (xs, ys)), colour) in enumerate(zip(curves.items(), ("#1f6fb4", "#d9542b", "#3a9a4e", "#7a55a8"))):
-        points = [(across(x), up(y)) for x, y in zip(xs, ys)]
+    draw.text((left, 16), title, "black", large)
+    draw.text((right, 2 * height - 16), x_name, "#333333", small, anchor="rd")
+    legend = left
+    for (name, points), colour in zip(curves.items(), ("#1f6fb4", "#d9542b", "#3a9a4e", "#7a55a8")):
+        points = [(across(x), up(y)) for x, y in zip(*points)]
         draw.line(points, colour, 5, joint="curve")
         for x, y in points if len(points) <= 40 else ():
             draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
-        if len(curves) > 1:
-            y = bottom - 24 - 34 * (len(curves) - 1 - i)
-            draw.line([(right - names_width - 70, y), (right - names_width - 20, y)], colour, 5)
-            draw.text((right - names_width - 8, y), name, "black", small, anchor="lm")
+        draw.line([(legend, 80), (legend + 50, 80)], colour, 5)
+        draw.text((legend + 62, 80), name, "#333333", small, anchor="lm")
+        legend += 62 + small.getlength(name) + 40
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -432,7 +439,7 @@ class Notebook:
     """Measurements in a file, each with what it was made of: what has not changed is not measured again."""
 
     def __init__(self, path, made_of):
-        self.path, self.made_of = path, made_of
+        self.path, self.made_of, self.seconds = path, made_of, 0.0          # seconds: of all that was asked for
         try:
             self.kept = json.loads(path.read_text())
         except (OSError, ValueError):       # none yet, or damaged: measure
@@ -448,6 +455,7 @@ class Notebook:
             entry = {"made_of": made_of, "value": value, "seconds": time.perf_counter() - started}
             self.kept[name] = entry
             trainer.write_atomically(self.path, lambda temporary: temporary.write_text(json.dumps(self.kept, indent=1)))
+        self.seconds += entry["seconds"]
         return entry["value"]
 
 
@@ -473,8 +481,7 @@ def measure_all(bench, notebook, files):
     """{stage: its scores} of every stage that exists; "data" is what the others are compared with."""
     there = {stage: path for stage, path in files.items() if path.exists()}
     scores = {"data": notebook("data", [], lambda: measure_data(bench))}
-    for stage, measure in (("vqgan", measure_vqgan), ("half", measure_stage1), ("stage1", measure_stage1),
-                           ("stage2", measure_stage2)):
+    for stage, measure in (("vqgan", measure_vqgan), ("stage1", measure_stage1), ("stage2", measure_stage2)):
         if stage in there:
             scores[stage] = notebook(stage, [there[stage]], lambda: measure(bench, there[stage]))
     for stage in ("ar", "maskgit"):
@@ -487,11 +494,10 @@ def measure_all(bench, notebook, files):
 
 def score_table(scores, name):
     """A Markdown table, a row a stage and decode, aligned so that it reads well on the screen too."""
-    def row(stage, decode, s, suffix="", use=True):
-        cells = [f"{s[key + suffix]:{form}}" if key + suffix in s else ""
-                 for key, form in (("psnr", ".2f"), ("accuracy", ".3f"), ("fd", ".2f"))]
-        return [stage, decode, *cells, *(f"{s[k]:{form}}" if use and k in s else "" for k, form in
-                                         (("used", ".0%"), ("perplexity", ".0f")))]
+    def row(stage, decode, s, suffix=""):
+        return [stage, decode, *(f"{s[key + suffix]:{form}}" if key + suffix in s else "" for key, form in
+                                 (("psnr", ".2f"), ("accuracy", ".3f"), ("fd", ".2f"), ("used", ".0%"),
+                                  ("perplexity", ".0f")))]
 
     model, tokens = name.rsplit("_", 1)
     model = {"nativetok": "NativeTok", "titok": "TiTok", "titok_causal": "TiTok (causal)"}[model]
@@ -500,10 +506,9 @@ def score_table(scores, name):
             ["as many training images", "", "", "", f"{scores['data']['fd_floor']:.2f}", "", ""]]
     if "vqgan" in scores:
         rows += [row("0: VQGAN", "", scores["vqgan"])]
-    for stage, length in (("half", int(tokens) // 2), ("stage1", tokens)):
-        if stage in scores:
-            rows += [row(f"1: {model}-{length}", "soft", scores[stage]),
-                     row(f"1: {model}-{length}", "argmax", scores[stage], "_argmax", use=False)]
+    if "stage1" in scores:
+        rows += [row(f"1: {model}-{tokens}", "soft", scores["stage1"]),
+                 row(f"1: {model}-{tokens}", "argmax", scores["stage1"], "_argmax")]
     if "stage2" in scores:
         rows += [row(f"2: {model}-{tokens}, decoder fine-tuned", "soft", scores["stage2"])]
     for stage, title in (("ar", "AR"), ("maskgit", "MaskGIT")):
@@ -520,12 +525,13 @@ def protocol(bench):
     classes = "" if len(bench.test.classes) > 1 else " There is one class only, so that accuracy means nothing."
     border = f" without its border of {bench.test.border} pixels" if bench.test.border else ""
     return (f"Scored on {len(bench.indices):,} test images of {bench.test.name}, on the {bench.side}x{bench.side} "
-            f"picture{border}; samples: as many, with the labels of these. PSNR: mean of the images'. FD: Frechet "
-            f"distance to these images on 64 features of the FD-classifier, a small network trained on the training "
-            f"split; it is not FID. Accuracy: share that the same network gives the right class.{classes} Guidance "
-            f"makes samples typical of their class, so theirs can exceed that of reconstructions. Soft: the pixel "
-            f"decoder reads the VQGAN's embedding averaged with the predicted probabilities; argmax: that of the most "
-            f"probable code.")
+            f"picture{border}; {len(bench.sample_labels):,} samples, in the same balance of classes.\n"
+            f"PSNR: mean of the images'. FD: Frechet distance to these images on 64 features of the FD-classifier, a "
+            f"small network trained on the training split; it is not FID.\n"
+            f"Accuracy: share that the same network gives the right class.{classes} Guidance makes samples typical of "
+            f"their class, so theirs can exceed that of reconstructions.\n"
+            f"Soft: the pixel decoder reads the VQGAN's embedding averaged with the predicted probabilities; argmax: "
+            f"that of the most probable code.")
 
 
 def machine(device):
@@ -544,15 +550,15 @@ def seconds_of(files, notebook):
     names = {"vqgan": "vqgan", "half": "stage1", "stage1": "hnt"} if grown else {"vqgan": "vqgan", "stage1": "stage1"}
     names |= {stage: stage for stage in ("stage2", "ar", "maskgit")}
     seconds = {name: round(logs[stage][-1]["seconds"], 1) for stage, name in names.items() if logs[stage]}
-    return {**seconds, "evaluate": round(sum(entry["seconds"] for entry in notebook.kept.values()), 1)}
+    return {**seconds, "evaluate": round(notebook.seconds, 1)}
 
 
 def draw_losses(files, path):
     titles = {"vqgan": "Stage 0: VQGAN", "half": "Stage 1: half the tokens", "stage1": "Stage 1: all tokens",
               "stage2": "Stage 2: decoder fine-tune", "ar": "AR generator", "maskgit": "MaskGIT generator"}
     logs = {stage: trainer.read_log(files[stage].with_suffix(".jsonl")) for stage in titles}
-    plots = [line_plot(titles[stage], "step", "loss", {"loss": tuple(zip(*((line["step"], line["loss"]) for line in log)))})
-             for stage, log in logs.items() if log]
+    curves = {stage: ([line["step"] for line in log], [line["loss"] for line in log]) for stage, log in logs.items()}
+    plots = [line_plot(titles[stage], "step", {"loss": curve}) for stage, curve in curves.items() if curve[0]]
     if plots:
         data.save_picture(side_by_side(plots, 2), path)
     return bool(plots)
@@ -611,8 +617,8 @@ Training seed {seed}, sampling seed {bench.seed}.
 
 - Of the first 100 samples of each class, {repeats['ar']} (AR) and {repeats['maskgit']} (MaskGIT) repeat the codes of
   an earlier one. 0: no two are alike.
-- A frozen step of Hierarchical Native Training takes {f'{ratio:.2f} times' if ratio else '(not measured) as many'} the
-  seconds of a full one.
+- A frozen step of Hierarchical Native Training takes {f"{ratio:.2f} times as long as a full one" if ratio else
+  "less than a full one: how much less is not known, since these tokens were not grown"}.
 
 ## Pictures
 
@@ -629,7 +635,7 @@ detail. The decoder was trained on whole sequences, so short prefixes also show 
 
 ![](samples_ar.png)
 
-New images from the AR generator, one row a class. Look for variety within a row, and for clothes that belong to the
+New images from the AR generator, one row a class. Look for variety within a row, and whether each image belongs to the
 row's class.
 
 ![](samples_maskgit.png)
@@ -648,7 +654,6 @@ class and the codes before it tell of the next one. Right: the error of the firs
 Loss by step, a panel a stage. Look for curves that flatten, not rise; in "all tokens" for the small step down near the
 end, where everything trains again. Stage 2's loss holds an adversarial part and need not fall.
 """ if has_losses else "")
-    text = text.replace("clothes", "clothes" if bench.test.name == "fashion" else "things")
     for path, content in ((out / "report.md", text), (out / "scores.json", json.dumps(numbers, indent=1) + "\n"),
                           (out / "curves.json", json.dumps(order, indent=1) + "\n")):
         trainer.write_atomically(path, lambda temporary: temporary.write_text(content))
@@ -678,7 +683,8 @@ def speed(device, rounds=7):
                     torch.cuda.synchronize()
                 seconds[name] += [time.perf_counter() - started] if i else []
         plain, fast = (statistics.median(seconds[name]) for name in ("plain", "fast"))
-        print(f"{size:<6} {c.tokens:>6} {c.expert_width:>6} {batch:>6} {plain:>9.4f} {fast:>9.4f} {plain / fast:>13.2f}")
+        print(f"{size:<6} {c.tokens:>6} {c.expert_width:>6} {batch:>6} {plain:>9.4f} {fast:>9.4f} "
+              f"{plain / fast:>13.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,24 +699,27 @@ def main():
     parser.add_argument("--model", choices=MODELS, default="nativetok", help="the tokenizer's kind")
     parser.add_argument("--tokens", type=int, help="its length, default 16 (toy) or 32 (full)")
     parser.add_argument("--images", type=int, default=10_000, help="test images to score on")
+    parser.add_argument("--samples", type=int, default=2_500, help="new images to score, at most --images")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where present")
     args = trainer.parse(parser)
     if args.what == "speed":
         return speed(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokens = args.tokens or PRESETS[args.config].tokens
-    if tokens < 1 or args.images < 2:
-        raise BadInput(f"--tokens {tokens} --images {args.images}: at least 1 token and 2 images")
+    if tokens < 1 or min(args.images, args.samples) < 2:
+        raise BadInput(f"--tokens {tokens} --images {args.images} --samples {args.samples}: at least 1 token, 2 images "
+                       f"and 2 samples")
     name, (files, commands) = f"{args.model}_{tokens}", stage_files(args.out, args.model, tokens)
     missing = [stage for stage in commands if not files[stage].exists()]
     if "vqgan" in missing or (args.what == "report" and missing):
         raise BadInput(f"{files[missing[0]]}: not found. Train it first: {commands[missing[0]]}")
     checkpoint = trainer.load_checkpoint(files["vqgan"], "vqgan", make=commands["vqgan"])
     bench = Bench(args, checkpoint["config"]["image_size"])
-    made_of = [bench.train.fingerprint, bench.test.fingerprint, len(bench.indices), args.seed, stamp(Path(__file__))]
+    made_of = [bench.train.fingerprint, bench.test.fingerprint, len(bench.indices), len(bench.sample_labels),
+               args.seed, stamp(Path(__file__))]
     notebook = Notebook(args.out / "measured.json", made_of)
     if args.what == "report":
-        return report(args, bench, notebook, files, name, checkpoint.get("seed"))
+        return report(args, bench, notebook, files, name, checkpoint.get("settings", {}).get("seed"))
     print(f"{score_table(measure_all(bench, notebook, files), name)}\n{protocol(bench)}")
     for stage in missing:
         print(f"not there yet: {files[stage]}. It comes from: {commands[stage]}")

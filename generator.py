@@ -12,7 +12,8 @@ Both generators know nothing of images: they model p(codes | class), where codes
 Both also learn p(codes) without a class, for classifier-free guidance: logits move away from those without a class.
 What trains here: all of the generator. The tokenizer is frozen; its codes of all images are extracted once.
 
-Letters: B batch, L tokens, K codes in the codebook, D width, h heads, T positions read at once (L, 1 + L, or 1).
+Letters: B batch, L tokens, K codes in the codebook, D width, h heads, T positions read at once (L, 1 + L, or 1),
+n images of a data set, R rows of a batch with guidance (2B, or B without), H W pixels.
 """
 import difflib
 import math
@@ -57,7 +58,7 @@ class GeneratorConfig:
     unmasked_weight: float = 0.1    # MaskGIT: weight of the codes it can see, beside 1 for hidden ones
     guidance_scale: float = 2.0     # sampling: 1 is without guidance
     guidance: str = "constant"      # sampling, MaskGIT: constant, linear or power-cosine over the steps
-    temperature: float = 1.0        # sampling: of the softmax (AR), or of the noise at the first step (MaskGIT)
+    temperature: float = 1.0        # sampling: of the softmax (AR), or of the noise, falling to 0 over the steps (MaskGIT)
     top_k: int = 0                  # sampling, AR: only the k likeliest codes; 0: all
     sampling_steps: int = 8         # sampling, MaskGIT: forward passes
 
@@ -65,12 +66,12 @@ class GeneratorConfig:
         trainer.choose("--mode", self.mode, ("ar", "maskgit"))
         trainer.choose("--rope", self.rope, ("1d", "2d"))
         trainer.choose("--guidance", self.guidance, GUIDANCE)
-        if self.width % (4 * self.heads):
+        if self.heads < 1 or self.width % (4 * self.heads):
             raise BadInput(f"--width {self.width}: not a multiple of 4 times --heads {self.heads}")
         if self.mode == "maskgit" and self.layers % 2:
             raise BadInput(f"--layers {self.layers}: a U-ViT needs an even number, half before its middle, half after")
-        if self.mode == "ar" and self.rope == "2d" and math.isqrt(self.tokens) ** 2 != self.tokens:
-            raise BadInput(f"--rope 2d: {self.tokens} tokens are not a square grid. Use --rope 1d")
+        if self.views not in (1, 2):
+            raise BadInput(f"--views {self.views}: must be 1 or 2")
         for name, least in {"temperature": 0, "top_k": 0, "sampling_steps": 1, "layers": 1}.items():
             if not getattr(self, name) >= least:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be at least {least}")
@@ -125,7 +126,7 @@ def sample(logits, temperature, uniform):
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    reached = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)            # [..., K], ends at 1
+    reached = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)            # [..., K], ends at about 1
     return (reached < uniform[..., None] * reached[..., -1:]).sum(dim=-1)
 
 
@@ -178,7 +179,7 @@ class LlamaBlock(nn.Module):
         to the cache and attends to all that is there.
         """
         q, k, v = self.attention.wqkv(self.attention_norm(x)).chunk(3, dim=-1)         # 3 x [B, T, D]
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))    # [B, h, T, D/h]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))    # 3 x [B, h, T, D/h]
         q, k = turn(q, rotation), turn(k, rotation)
         if cache is not None:
             cache[:, :, :, position:position + 1] = torch.stack([k, v])
@@ -194,6 +195,8 @@ class ARGenerator(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.rope == "2d" and math.isqrt(config.tokens) ** 2 != config.tokens:
+            raise BadInput(f"--rope 2d: {config.tokens} tokens are not a square grid. Use --rope 1d")
         self.config = config
         self.cls_embedding = nn.ModuleDict({                                           # the last row: "no class"
             "embedding_table": nn.Embedding(config.num_classes + 1, config.width)})
@@ -251,7 +254,8 @@ class ARGenerator(nn.Module):
         uniform = noise(count, (c.tokens,), generator, device)                         # [B, L]
         repeats = 1 if guidance_scale == 1 else 2
         drop_label = torch.arange(repeats * count, device=device) >= count             # [R]
-        cache = torch.zeros(c.layers, 2, repeats * count, c.heads, c.tokens, c.width // c.heads, device=device)
+        cache = torch.zeros(c.layers, 2, repeats * count, c.heads, c.tokens, c.width // c.heads, device=device,
+                            dtype=self.output.weight.dtype)                            # [layers, 2, R, h, L, D/h]
         rotation, codes = self.rotation(c.tokens), []
         x = self.class_token(labels.repeat(repeats), drop_label)                       # [R, 1, D]
         for i in range(c.tokens):
@@ -343,8 +347,8 @@ class MaskGITGenerator(nn.Module):
             linear          1 + (guidance_scale - 1) * r
             power-cosine    1 + (guidance_scale - 1) * (1 - cos(pi * r^3)) / 2
         TiTok publishes numbers for with class + s * (with class - without): its 4.5 constant or linear is 5.5 here. Its
-        power-cosine numbers are the same here. temperature: of the noise at the first step; it falls linearly and is 0
-        at the last. It is in the choice of each code and in which codes are kept. generator: see `noise`.
+        power-cosine numbers are the same here. temperature: step t has noise of temperature * (1 - (t + 1) /
+        steps), which is 0 at the last. It is in the choice of each code and in which codes are kept. generator: see `noise`.
         """
         trainer.choose("guidance", guidance, GUIDANCE)
         device, tokens = self.pos_embed.device, self.config.tokens
@@ -427,7 +431,8 @@ def stage_of(path):
 def load_generator(path, device="cpu"):
     """A trained ARGenerator or MaskGITGenerator in eval mode, with its averaged weights. Its `.about` is a dict:
     classes (names), tokenizer (path), fingerprint (tokenizer's), data. Raises BadInput if the file is not one."""
-    mode = "maskgit" if "maskgit" in (stage_of(path), Path(path).name.split("_")[0]) else "ar"
+    stage = stage_of(path) or Path(path).name.split("_")[0]     # a file that says nothing: its name, for the advice
+    mode = stage if stage in GENERATORS else "ar"
     checkpoint = trainer.load_checkpoint(path, mode, make=f"python generator.py --mode {mode}", device=device)
     model = GENERATORS[mode](GeneratorConfig(**checkpoint["config"]))
     trainer.load_weights(model, checkpoint["ema"]["model"], path)
@@ -509,7 +514,8 @@ def codes_name(tokenizer_path):
 
 def codes_fingerprint(tokenizer):
     """Changes with whatever decides the codes, and not with what paints them."""
-    return trainer.fingerprint(tokenizer, leave_out=("decoder.", "pixel_", "vqgan.decoder.", "quantizer.usage"))
+    return trainer.fingerprint(tokenizer, leave_out=("decoder.", "pixel_", "vqgan.decoder.", "quantizer.usage",
+                                                     "vqgan.quantize.usage"))
 
 
 def open_tokenizer(path, device="cpu"):
@@ -520,7 +526,8 @@ def open_tokenizer(path, device="cpu"):
 # Training
 
 class About:
-    """Facts that a checkpoint carries along: what the codes and labels mean. A resumed run must find them unchanged."""
+    """Facts that a checkpoint carries along: what the codes and labels mean. A resumed run must find the same tokenizer
+    (fingerprint) and data."""
 
     def __init__(self, **facts):
         self.facts = facts
@@ -539,7 +546,7 @@ def code_batches(codes, labels, batch_size, seed, step, rank, world):
     """Endless (codes int64 [B, L], labels int64 [B]) of this rank; batch_size counts all ranks. A pure function of the
     seed and the step to start at. codes uint16 [views, n, L]: the views of an image take turns, epoch after epoch."""
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    for epochs, rows in data.row_order(len(labels), batch_size, seed, step):
+    for epochs, rows in data.row_order(len(labels), batch_size, seed % 2 ** 32, step):
         epochs, rows = epochs[mine], rows[mine]
         yield (torch.from_numpy(codes[(epochs + rows) % len(codes), rows].astype(np.int64)),
                torch.from_numpy(labels[rows]))
@@ -548,11 +555,10 @@ def code_batches(codes, labels, batch_size, seed, step, rank, world):
 def extract_codes(run, tokenizer, fingerprint, dataset, path):
     """(codes uint16 [views, n, L], labels int64 [n]) of all images, made by the first rank if not there yet."""
     how = {"views": run.config.views, "workers": run.training.workers, "codebook": run.config.codebook_size}
-    if run.main:
-        data.token_cache(tokenizer, dataset, path, fingerprint, device=run.device, **how)
+    made = data.token_cache(tokenizer, dataset, path, fingerprint, device=run.device, **how) if run.main else None
     if run.world > 1:       # hours at full size, and NCCL's own barrier gives up after ten minutes
         dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
-    return data.token_cache(tokenizer, dataset, path, fingerprint, device=run.device, **how)
+    return made or data.token_cache(tokenizer, dataset, path, fingerprint, device=run.device, **how)
 
 
 def train(args, config, training, tokenizer_path):
@@ -575,9 +581,10 @@ def train(args, config, training, tokenizer_path):
               about=About(classes=list(dataset.classes), tokenizer=str(tokenizer_path), fingerprint=fingerprint,
                           data=dataset.fingerprint))
     tokenizer.to(run.device)
-    codes, labels = extract_codes(run, tokenizer, fingerprint, dataset,
-                                  args.out / f"codes_{codes_name(tokenizer_path)}_train.npy")  # [views, n, L], [n]
-    batches = code_batches(codes, labels, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world)
+    path = args.out / f"codes_{codes_name(tokenizer_path)}_train.npy"
+    all_codes, all_labels = extract_codes(run, tokenizer, fingerprint, dataset, path)  # [views, n, L], [n]
+    batches = code_batches(all_codes, all_labels, run.piece, args.seed, run.step * training.accumulate, run.rank,
+                           run.world)
 
     for step in run.steps():
         run.set_learning_rate(optimizer, step)

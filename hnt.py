@@ -4,21 +4,28 @@
     python hnt.py --tokens 16           # then this: toy 8 -> 16
     torchrun --nproc_per_node=4 hnt.py --tokens 64      # full: 32 -> 64, and again with --tokens 128
 
-Experts are independent modules, and expert i reads only what experts before it wrote. So a NativeTok of 16 tokens can
-keep the first 8 experts of a trained one as they are: their tokens come out the same, to the bit. Growing is surgery on
-the state dict (`grow`): MIT and experts 0 .. 7 are kept, expert 8 + j starts as a copy of expert j. Then
+NativeTok in one breath (tokenizer.py has it in full): the Meta Image Transformer (MIT) reads the image once, X_latent;
+expert i, a small transformer, reads X_latent, the tokens z_0 .. z_{i-1} and a pad token, and what comes out at the pad's
+position is kept: z_i. One linear layer (to_code) and a quantizer make z_i a code; the token decoder reads all codes.
 
-    for 90 % of the steps   new experts and token decoder train; MIT, old experts, pad token, quantizer are frozen
+Experts are independent modules, and none reads what a later one writes. So a NativeTok of 16 tokens can keep the first 8
+experts of a trained one as they are: their tokens come out the same, to the bit. Growing is surgery on the state dict
+(`grow`): MIT and experts 0 .. 7 are kept, expert 8 + j starts as a copy of expert j. Then
+
+    for 90 % of the steps   new experts and token decoder train;
+                            MIT, old experts, pad token, to_code and quantizer are frozen
     for the last 10 %       everything trains
 
-Frozen modules get no gradient and build no graph: torch records nothing for a module whose parameters and inputs need no
-gradient. So a frozen step is cheaper (the paper: 1.15 s instead of 1.53 s); this script measures and prints by how much.
+Frozen modules get no gradient; MIT and the old experts, whose inputs need none either, build no graph at all: torch
+records nothing where neither parameters nor inputs need a gradient. So a frozen step is cheaper (the paper: 1.15 s
+instead of 1.53 s); this script measures and prints by how much.
 
 --strategy (Table 3b):  full             random weights, everything trains: what HNT is compared with
+                                         (of the source it takes the sizes and the VQGAN's decoder)
                         reuse            grow, and stay frozen to the end
                         reuse+finetune   grow, 90 % frozen, then everything (default)
 
-Letters as in tokenizer.py: B batch, L tokens, D width of the decoder.
+Letters as in tokenizer.py: B batch, H W pixels, G side of the VQGAN's grid, L tokens, D width of the decoder.
 """
 import copy
 import re
@@ -54,7 +61,8 @@ def grow(state_dict, old_tokens, new_tokens):
     """
     if new_tokens <= old_tokens:
         raise BadInput(f"--tokens {new_tokens}: HNT grows; the tokenizer it starts from has {old_tokens} tokens already")
-    origin = [i if i < old_tokens else (i - old_tokens) % old_tokens for i in range(new_tokens)]    # token -> its model
+    # origin: new token -> the old one whose weights it starts with
+    origin = [i if i < old_tokens else (i - old_tokens) % old_tokens for i in range(new_tokens)]
     grown = {}
     for key, value in state_dict.items():
         if key == "decoder.latent_positions":
@@ -70,9 +78,9 @@ def grow(state_dict, old_tokens, new_tokens):
 
 
 def freeze_reused(model, reused_tokens):
-    """Freeze what decides the first reused_tokens codes: MIT, experts before reused_tokens, pad token, quantizer.
+    """Freeze what decides the first reused_tokens codes: MIT, their experts, pad token, to_code, quantizer.
 
-    What is left to train: the new experts and the token decoder (56 % of NativeTok-64, 55 % of NativeTok-128).
+    What is left to train: the new experts and the token decoder (56 % of NativeTok-64's parameters, 55 % of -128's).
     """
     for part in (model.mit, *model.mocet.experts[:reused_tokens], model.to_code, model.quantizer):
         part.requires_grad_(False)
@@ -80,7 +88,7 @@ def freeze_reused(model, reused_tokens):
 
 
 def unfreeze(model):
-    """Everything trains, but for the VQGAN's codebook and decoder, which only stage 2 touches."""
+    """Everything trains, but for the VQGAN's part (pixel_codebook, pixel_decoder), which stage 1 leaves alone."""
     for part in (model.mit, model.mocet, model.to_code, model.quantizer, model.decoder):
         part.requires_grad_(True)
 
@@ -120,7 +128,9 @@ def step_ratio(run, model, reused, teacher, images, pairs=5):
 
 def train(args):
     teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt")
-    tokens = args.tokens or {"toy": 16, "full": 64}[args.config]
+    tokens = {"toy": 16, "full": 64}[args.config] if args.tokens is None else args.tokens
+    if tokens < 2:
+        raise BadInput(f"--tokens {tokens}: HNT grows a tokenizer, so at least 2")
     source_path = find_source(args, tokens)
     source = tokenizer.load_tokenizer(source_path)
     if source.config.model != "nativetok":
@@ -129,7 +139,10 @@ def train(args):
     training = trainer.override(TRAINING[args.config], args)
     grown = grow(source.state_dict(), reused, tokens)
     suffix = "" if args.strategy == "reuse+finetune" else f"_{args.strategy}"
-    run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config, training)
+    frozen_steps = {"full": 0, "reuse": training.steps, "reuse+finetune": int(FROZEN_SHARE * training.steps)}
+    frozen_steps = frozen_steps[args.strategy]
+    run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config, training, reused=reused,
+                      strategy=args.strategy, frozen_steps=frozen_steps)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
 
@@ -140,25 +153,23 @@ def train(args):
     model.load_state_dict(grown)
     model = model.to(run.device)
 
-    frozen_steps = {"full": 0, "reuse": training.steps, "reuse+finetune": int(FROZEN_SHARE * training.steps)}
-    frozen_steps = frozen_steps[args.strategy]
-    frozen = 0 < frozen_steps >= run.step       # a checkpoint of the last frozen step holds the frozen optimizer
+    sample = [torch.from_numpy(train_set.get(i)) for i in range(min(run.piece // run.world, len(train_set)))]
+    ratio = step_ratio(run, model, reused, teacher, torch.stack(sample).to(run.device) / 255)     # [B, 3, H, W]
+    # <=: the checkpoint of the last frozen step still holds the frozen part's optimizer
+    frozen = frozen_steps > 0 and run.step <= frozen_steps
     if frozen:
         freeze_reused(model, reused)
     stage = run.parallel(Stage1(model))
     optimizer = run.adamw(model.parameters())   # holds what trains and nothing else
     ema = trainer.Ema(model, training.ema)
     run.track(model=model, optimizer=optimizer, ema=ema)
-    run.say(f"{source_path}: {reused} tokens, grown to {tokens}; {args.strategy}: frozen for the first {frozen_steps} of "
-            f"{training.steps} steps")
+    run.say(f"{source_path}: {reused} tokens, grown to {tokens}; {args.strategy}: frozen for the first {frozen_steps} "
+            f"of {training.steps} steps. A frozen step takes {ratio:.2f} times as long as a full one")
     batches = data.batches(train_set, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world,
                            training.workers)
-    sample = torch.stack([torch.from_numpy(train_set.get(i)) for i in range(run.piece // run.world)]) / 255
-    ratio = step_ratio(run, model, reused, teacher, sample.to(run.device))
-    run.say(f"a frozen step takes {ratio:.2f} times as long as a full one")
 
     for step in run.steps():
-        if frozen and step == frozen_steps:     # the last 10 %: everything trains, under a new optimizer
+        if frozen and step == frozen_steps:     # the last 10 %: everything trains, with AdamW's averages starting anew
             frozen = False
             unfreeze(model)
             stage = run.parallel(Stage1(model))
@@ -183,7 +194,8 @@ def main():
     parser.add_argument("--source", metavar="FILE", type=Path, help="the tokenizer to grow; default: the longest "
                         "shorter nativetok_N.pt in the results folder")
     parser.add_argument("--strategy", choices=STRATEGIES, default="reuse+finetune", help="Table 3b, see above")
-    parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file", help="the stage 0 checkpoint, default OUT/vqgan.pt")
+    parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file",
+                        help="the stage 0 checkpoint, default OUT/vqgan.pt")
     train(trainer.parse(parser))
 
 

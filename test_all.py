@@ -453,7 +453,7 @@ def test_resume_is_bit_equal(toy, tmp_path, name):
     a, b = load(whole / f"{name}.pt"), load(checkpoint)
     a["training"].pop("save_every"), b["training"].pop("save_every")
     assert a["step"] == b["step"] == 7
-    assert {"model", "ema", "optimizer", "random", "config", "training", "seed"} <= a.keys()
+    assert {"model", "ema", "optimizer", "random", "config", "training", "settings"} <= a.keys()
     assert equal(a, b), [k for k in a if not equal(a[k], b[k])]
     steps = [line["step"] for line in trainer.read_log(parts / f"{name}.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == 7
@@ -1409,3 +1409,149 @@ def test_find_classes_refuses(text):
 def test_config_refuses(change):
     with pytest.raises(trainer.BadInput):
         replace(AR, **change)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores (evaluate.py)
+
+ROOT = Path(os.environ.get("REPOSITORY", Path(__file__).resolve().parent))
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import evaluate  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def test_frechet_distance_of_two_gaussians():
+    rng = np.random.default_rng(0)
+    mu1, mu2, s1, s2 = rng.normal(size=8), rng.normal(size=8), rng.uniform(0.5, 2, 8), rng.uniform(0.5, 2, 8)
+    turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]                         # the same axes, so that the roots commute
+    closed = np.square(mu1 - mu2).sum() + np.square(s1 - s2).sum()
+    ours = evaluate.frechet_distance(mu1, turn @ np.diag(s1 ** 2) @ turn.T, mu2, turn @ np.diag(s2 ** 2) @ turn.T)
+    assert ours == pytest.approx(closed, abs=1e-8)
+    assert evaluate.frechet_distance(mu1, np.zeros((8, 8)), mu2, np.zeros((8, 8))) == pytest.approx(
+        np.square(mu1 - mu2).sum(), abs=1e-4)                               # singular: the offset
+
+
+def test_frechet_distance_matches_reference():
+    golden = np.load(ROOT / "assets" / "fid_golden.npz")
+    a, b, c = (evaluate.feature_statistics(golden[f"feats_{x}"]) for x in "abc")
+    np.testing.assert_allclose(a[0], golden["mu_a"], atol=1e-12)
+    np.testing.assert_allclose(a[1], golden["sigma_a"], atol=1e-12)
+    assert evaluate.frechet_distance(*a, *b) == pytest.approx(float(golden["fid"]), abs=1e-6)
+    assert evaluate.frechet_distance(*a, *c) == pytest.approx(float(golden["fid_ac"]), abs=1e-5)
+    assert evaluate.frechet_distance(*a, *a) == pytest.approx(0, abs=1e-8)
+
+
+def test_psnr_is_of_each_image():
+    a = torch.rand(3, 3, 8, 8) * 0.5
+    off = torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1)
+    torch.testing.assert_close(evaluate.psnr(a, a + off), torch.tensor([20.0, 40.0, 100.0]), atol=1e-2, rtol=0)
+
+
+def test_codebook_use():
+    assert evaluate.codebook_use(torch.arange(64).view(4, 16), 64) == pytest.approx((1.0, 64.0))
+    assert evaluate.codebook_use(torch.full((4, 16), 3), 64) == pytest.approx((1 / 64, 1.0))
+    assert evaluate.codebook_use(torch.arange(16).repeat(2, 1), 64) == pytest.approx((0.25, 16.0))
+
+
+def test_score_leaves_the_border_out():
+    classifier = evaluate.FDClassifier(10).eval()
+    originals, labels = torch.rand(100, 3, 32, 32), torch.arange(100) % 10
+    inner = evaluate.without_border(originals, 2)
+    assert inner.shape == (100, 3, 28, 28) and torch.equal(inner, originals[:, :, 2:30, 2:30])
+    assert torch.equal(evaluate.without_border(originals, 0), originals)
+    with torch.inference_mode():
+        reference = evaluate.feature_statistics(classifier.features(inner))
+    framed = originals.clone()
+    framed[:, :, :2] = framed[:, :, 30:] = 1                                # only the border is wrong: full marks
+    framed[..., :2] = framed[..., 30:] = 1
+    result = evaluate.score([(framed[:60], labels[:60], originals[:60]), (framed[60:], labels[60:], originals[60:])],
+                            classifier, reference, border=2)
+    assert result["psnr"] == pytest.approx(100) and result["fd"] == pytest.approx(0, abs=1e-6)
+    assert set(evaluate.score([(framed, labels, None)], classifier, reference, 2)) == {"accuracy", "fd"}
+
+
+def test_classifier_cache_is_bound_to_the_data(tmp_path):
+    sets = [data.open_dataset("shapes", split, 16) for split in ("train", "val")]
+    path = tmp_path / "fd_classifier.pt"
+    trained, accuracy = evaluate.fd_classifier(*sets, path, steps=40, batch_size=64)
+    assert 0 < accuracy < 1 and not trained.training
+    written = path.stat().st_mtime_ns
+    again, same_accuracy = evaluate.fd_classifier(*sets, path, steps=40, batch_size=64)
+    assert path.stat().st_mtime_ns == written and same_accuracy == accuracy
+    assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values()))
+    sets[0].fingerprint = "of other data"
+    random_state = torch.get_rng_state()
+    evaluate.fd_classifier(*sets, path, steps=2, batch_size=64)
+    assert path.stat().st_mtime_ns != written                               # trained anew, not taken over
+    assert torch.equal(torch.get_rng_state(), random_state)                # and no trace in the caller's random state
+
+
+def test_subset_takes_every_class_of_a_sorted_set():
+    labels = np.arange(1000) // 100
+    chosen = evaluate.subset(labels, 200)                                   # anything that has a length
+    assert len(set(chosen)) == 200 and set(labels[chosen]) == set(range(10))
+    assert list(evaluate.subset(labels, 5000)) == list(range(1000))
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (2.31, 5.9), (-0.4, 16.4), (1234, 98765), (0.00071, 0.00094)])
+def test_ticks_are_few_round_and_inside(low, high):
+    found = evaluate.ticks(low, high)
+    assert 2 <= len(found) <= 7 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
+
+
+SCORES = {
+    "vqgan": {"psnr", "perplexity", "accuracy", "fd"},
+    "stage1": {"psnr", "psnr_argmax", "accuracy", "accuracy_argmax", "fd", "fd_argmax", "perplexity"},
+    "stage2": {"psnr", "accuracy", "fd"}, "ar": {"accuracy", "fd", "guidance_scale"},
+    "maskgit": {"accuracy", "fd", "guidance_scale"}, "hnt": {"step_ratio"}, "classifier": {"test_accuracy"}}
+
+
+def run(out, *command):
+    return subprocess.run([sys.executable, *command, "--config", "toy", "--data", "shapes", "--out", str(out)], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_report(tmp_path):
+    """All stages at a few steps, then the report: its files, its numbers' names, and nothing measured twice."""
+    small = ["--steps", "3", "--batch_size", "8"]
+    missing = run(tmp_path, "evaluate.py", "report", "--tokens", "4")
+    assert missing.returncode == 2 and "python vqgan.py" in missing.stderr and not list(tmp_path.iterdir())
+    stages = [["vqgan.py", *small, "--channels", "8", "--perceptual", "none"],
+              ["tokenizer.py", "--tokens", "2", *small, "--width", "32", "--expert_width", "32"],
+              ["hnt.py", "--tokens", "4", "--steps", "10", "--batch_size", "8"],
+              ["tokenizer.py", "--tokens", "4", "--stage", "2", *small, "--perceptual", "none", "--discriminator", "patch"],
+              ["generator.py", "--mode", "ar", "--tokens", "4", *small, "--width", "32", "--layers", "2"],
+              ["generator.py", "--mode", "maskgit", "--tokens", "4", *small, "--width", "32", "--layers", "2"]]
+    # Shapes have 10,000 training images whose codes are extracted once, and a classifier: untrained will do here.
+    sets = [data.open_dataset("shapes", split, 32) for split in ("train", "val")]
+    made_of = [*(s.fingerprint for s in sets), 900, 128]
+    torch.save({"stage": "fd_classifier", "model": evaluate.FDClassifier(10).state_dict(), "step": 900,
+                "test_accuracy": 0.1, "config": {"made_of": made_of}}, tmp_path / "fd_classifier.pt")
+    for stage in stages:
+        done = run(tmp_path, *stage)
+        assert done.returncode == 0, done.stderr
+    few = ["--tokens", "4", "--images", "100", "--samples", "50"]
+    first = run(tmp_path, "evaluate.py", "report", *few)
+    assert first.returncode == 0, first.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores) == {"data", "seed", "seconds", "fd_floor", *SCORES} and scores["data"] == "shapes"
+    assert {name: set(scores[name]) for name in SCORES} == SCORES
+    assert {"vqgan", "stage1", "hnt", "stage2", "ar", "maskgit"} <= set(scores["seconds"])
+    report = (tmp_path / "report.md").read_text()
+    pictures = [name for name in ("reconstructions", "prefixes", "samples_ar", "samples_maskgit", "order", "losses")
+                if f"![]({name}.png)" in report and (tmp_path / f"{name}.png").exists()]
+    assert len(pictures) == 6
+    table = report.split("## Scores\n\n")[1].split("\n\n")[0]
+    assert table in first.stdout                                            # the same on the screen
+
+    measured = (tmp_path / "measured.json").stat().st_mtime_ns
+    assert run(tmp_path, "evaluate.py", "report", *few).returncode == 0
+    assert (tmp_path / "measured.json").stat().st_mtime_ns == measured
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    (tmp_path / "maskgit_nativetok_4.pt").unlink()
+    partial = run(tmp_path, "evaluate.py", "scores", *few)
+    assert partial.returncode == 0 and "AR samples" in partial.stdout and "not there yet" in partial.stdout
+    wrong = run(tmp_path, "evaluate.py", "repart")
+    assert wrong.returncode == 2 and "Did you mean report" in wrong.stderr

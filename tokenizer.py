@@ -22,7 +22,7 @@ Letters: B batch, H W pixels, P patches the MIT sees, L tokens, D width of MIT a
 c numbers in a code, K codes, G side of the VQGAN's grid, V codes of the VQGAN, h heads, T a sequence's length.
 Images are float32 [B, 3, H, W] in [0, 1]. Section and equation numbers are the paper's.
 """
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -91,8 +91,8 @@ PRESETS = {
 TRAINING = {
     ("toy", 1): TrainConfig(steps=1800, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5, warmup=50, ema=0.99,
                             workers=0, log_every=50, save_every=300, preview_every=600),
-    ("toy", 2): TrainConfig(steps=300, batch_size=32, learning_rate=5e-4, end_learning_rate=5e-5, warmup=20, ema=0.99,
-                            beta2=0.999, workers=0, log_every=25, save_every=100, preview_every=100),
+    ("toy", 2): TrainConfig(steps=400, batch_size=16, learning_rate=3e-4, end_learning_rate=2e-5, warmup=100, ema=0.99,
+                            beta2=0.999, workers=0, log_every=25, save_every=200, preview_every=200),
     ("full", 1): TrainConfig(),
     ("full", 2): TrainConfig(beta2=0.999),
 }
@@ -106,10 +106,19 @@ class Stage2Config:
     gan_weight: float = 0.01            # of the generator's adversarial loss
     gan_start: int = 20_000             # step at which the discriminator comes in
     lecam_weight: float = 0.001         # LeCam regularization of the discriminator
-    discriminator_width: int = 128      # channels of its first convolution
+    discriminator: str = "patch"        # patch: TiTok's; features: heads on the perceptual network small, for few steps
+    discriminator_rate: float = 1.0     # its learning rate / the painters'
+    sharpen: float = 1.0                # scale the first logits by this: a mean of many likely codes paints a blur
+
+    def __post_init__(self):
+        trainer.choose("--perceptual", self.perceptual, ("small", "convnext", "none"))
+        trainer.choose("--discriminator", self.discriminator, ("patch", "features"))
+        if self.discriminator == "features" and self.perceptual != "small":
+            raise BadInput(f"--discriminator features: needs --perceptual small, not {self.perceptual}. Use patch")
 
 
-STAGE2 = {"toy": Stage2Config(perceptual="small", gan_start=0, discriminator_width=32), "full": Stage2Config()}
+STAGE2 = {"toy": Stage2Config(perceptual="small", perceptual_weight=0.3, gan_weight=0.15, gan_start=0, sharpen=8.0,
+                              discriminator="features", discriminator_rate=3.0), "full": Stage2Config()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,7 +497,7 @@ class DiscriminatorLoss(nn.Module):
         self.discriminator, self.lecam, self.lecam_weight = discriminator, vqgan.LeCam(), lecam_weight
 
     def forward(self, images, reconstruction):
-        real, fake = self.discriminator(torch.cat([images, reconstruction])).chunk(2)       # 2 x [B, 1, 16, 16]
+        real, fake = self.discriminator(torch.cat([images, reconstruction])).chunk(2)       # 2 x [B, regions]
         return vqgan.hinge_loss(real, fake) + self.lecam_weight * self.lecam(real, fake)
 
 
@@ -497,20 +506,26 @@ def train_stage2(args):
     model = load_tokenizer(source)
     config, training = model.config, trainer.override(TRAINING[args.config, 2], args)
     weights = trainer.override(STAGE2[args.config], args)
-    run = trainer.Run(args, "tokenizer", checkpoint_name(config, stage=2), config, training)
+    run = trainer.Run(args, "tokenizer", checkpoint_name(config, stage=2), config, training, losses=asdict(weights))
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
     perceptual = vqgan.perceptual_network(weights.perceptual, train_set, args.out, args.convnext, run.device)
 
     model = model.to(run.device, memory_format=torch.channels_last)         # faster convolutions, same numbers
+    for p in model.decoder.head[-1].parameters():
+        p.data *= weights.sharpen
     for part in (model.decoder, model.pixel_decoder):                       # everything else stays frozen
         part.requires_grad_(True)
-    discriminator = vqgan.Discriminator(weights.discriminator_width, min(16, config.image_size // 8))
+    if weights.discriminator == "patch":
+        discriminator = vqgan.Discriminator(grid=min(16, config.image_size // 8))
+    else:
+        discriminator = vqgan.FeatureDiscriminator(perceptual)
     discriminator = discriminator.to(run.device, memory_format=torch.channels_last)
+    judging = [p for p in discriminator.parameters() if p.requires_grad]
     stage = run.parallel(Stage2(model, perceptual, weights))
     judge = DiscriminatorLoss(discriminator, weights.lecam_weight).to(run.device)
     judge_stage = run.parallel(judge)
-    optimizer, judge_optimizer = run.adamw(model.parameters()), run.adamw(judge.parameters())
+    optimizer, judge_optimizer = run.adamw(model.parameters()), run.adamw(judging)
     ema = trainer.Ema(model, training.ema)
     run.track(model=model, optimizer=optimizer, ema=ema, discriminator=judge, discriminator_optimizer=judge_optimizer)
     batches = data.batches(train_set, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world,
@@ -518,16 +533,18 @@ def train_stage2(args):
 
     for step in run.steps():
         run.set_learning_rate(optimizer, step)
-        run.set_learning_rate(judge_optimizer, step)
+        run.set_learning_rate(judge_optimizer, step, weights.discriminator_rate)
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
         optimizer.zero_grad()
         judge_optimizer.zero_grad()
         for images, _ in run.pieces(batches, stage):                        # [B, 3, H, W]
-            discriminator.requires_grad_(False)                             # first the painter, by the judge's measure
+            for p in judging:                                               # first the painters, by the judge's measure
+                p.requires_grad_(False)
             with run.autocast():
                 loss, parts, reconstruction = stage(images, discriminator if adversarial else None)
             (loss / training.accumulate).backward()
-            discriminator.requires_grad_(True)                              # then the judge
+            for p in judging:                                               # then the judge
+                p.requires_grad_(True)
             if adversarial:
                 with run.autocast():
                     parts["discriminator"] = judge_stage(images, reconstruction.detach())
@@ -535,7 +552,7 @@ def train_stage2(args):
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
         if adversarial:
-            nn.utils.clip_grad_norm_(judge.parameters(), training.clip)
+            nn.utils.clip_grad_norm_(judging, training.clip)
             judge_optimizer.step()
         ema.update(model)
         run.log(step, loss=loss, grad_norm=grad_norm, **parts)
@@ -576,7 +593,8 @@ def reconstruct(args):
 def main():
     parser = trainer.command_line(__doc__, TokenizerConfig, TrainConfig, Stage2Config)
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="1: predict codes; 2: decoder fine-tune")
-    parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file", help="the stage 0 checkpoint, default OUT/vqgan.pt")
+    parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file",
+                        help="the stage 0 checkpoint, default OUT/vqgan.pt")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path,
                         help="the tokenizer that --stage 2 starts from, or that --reconstruct uses")
     parser.add_argument("--convnext", metavar="FILE", default="weights/convnext_small.pth",

@@ -3,7 +3,7 @@
 A stage uses it like this, and everything that matters stays in the stage's own loop:
 
     args = trainer.parse(trainer.command_line(__doc__, ModelConfig, TrainConfig))
-    run = trainer.Run(args, "name of the file", config, training)     # ranks, device, seed, folder, lock-out of old results
+    run = trainer.Run(args, stage, name, config, training)            # ranks, device, seed, folder; guards old results
     ...build model, optimizer = run.adamw(parameters), ema = trainer.Ema(model)...
     run.track(model=model, optimizer=optimizer, ema=ema)              # what a checkpoint holds; loads it on --resume
     for step in run.steps():                                          # continues where the checkpoint stopped
@@ -12,7 +12,8 @@ A stage uses it like this, and everything that matters stays in the stage's own 
         run.log(step, loss=loss)
 
 A run is a pure function of its settings: the data order is computed from (seed, step), the learning rate from the
-step, and the random state travels in the checkpoint. That is why a resumed run equals an uninterrupted one bit for bit.
+step, and the random state travels in the checkpoint. That is why a resumed run equals an uninterrupted one: bit for bit
+on the CPU with as many ranks and threads, up to the order of a GPU's sums on CUDA.
 """
 import argparse
 import copy
@@ -56,7 +57,9 @@ def launch(main):
     """Run a script's main(): bad input ends in one line and exit code 2, Ctrl-C in one line and exit code 130."""
     name, code = Path(sys.argv[0]).name, 0
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
-        sys.exit(f"{name}: torch {torch.__version__} is too old. Install 2.11 or newer: pip install -r requirements.txt")
+        print(f"{name}: torch {torch.__version__} is too old, 2.11 is needed: pip install -r requirements.txt",
+              file=sys.stderr)
+        sys.exit(2)
     try:
         main()
     except BadInput as error:
@@ -102,6 +105,8 @@ def write_atomically(path, writer):
             temporary.unlink(missing_ok=True)
         except OSError:
             pass
+        if "CUDA" in str(error):
+            raise
         reason = getattr(error, "strerror", None) or "the disk is full or the folder cannot be written"
         was = "The file that was there is unchanged" if path.exists() else "Nothing was written"
         raise BadInput(f"{path}: cannot be written ({reason}). {was}; free some space or choose another folder "
@@ -268,11 +273,11 @@ class Ema:
 # ---------------------------------------------------------------------------------------------------------------------
 # A run: ranks, device, seed, folder, progress, log
 
-def setup_ranks():
+def setup_ranks(cuda):
     """(rank, world) as torchrun set them; starts the process group: nccl on CUDA, gloo on the CPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world
 
 
@@ -283,12 +288,14 @@ class Run:
     other settings. A run that is finished already says so and leaves with exit code 0.
     """
 
-    def __init__(self, args, stage, name, config, training):
+    def __init__(self, args, stage, name, config, training, **settings):
         self.args, self.stage, self.config, self.training = args, stage, config, training
-        self.rank, self.world = setup_ranks()
-        self.main = self.rank == 0
+        self.settings = {"seed": args.seed, **settings}     # what else must be the same in a resumed run
         cuda = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        self.rank, self.world = setup_ranks(cuda)
+        self.main = self.rank == 0
+        named = args.device if cuda and self.world == 1 and ":" in (args.device or "") else None
+        self.device = torch.device(named or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"))
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -304,7 +311,7 @@ class Run:
             self.step = self.checkpoint["step"]
         self.stop_asked = False
         self.sums, self.bad_step = {}, None
-        self.logged_at = self.saved_at = -1
+        self.saved_at = -1
         self.board = self._tensorboard() if args.tensorboard and self.main else None
         if self.main:                     # found out now, not after an hour at the first checkpoint
             write_atomically(self.path.with_suffix(".probe"), lambda temporary: temporary.write_bytes(b""))
@@ -313,7 +320,8 @@ class Run:
     def _existing_results(self):
         """The checkpoint to go on from, or None."""
         if self.args.overwrite and self.main:
-            self.log_path.unlink(missing_ok=True)
+            for old in (self.log_path, self.path):
+                old.unlink(missing_ok=True)
         if self.args.overwrite or not self.path.exists():
             return None
         checkpoint = load_checkpoint(self.path, self.stage)
@@ -330,8 +338,8 @@ class Run:
     def _check_settings(self, checkpoint):
         may_differ = {"steps", "workers", "log_every", "save_every", "preview_every", "bf16"}
         for mine, theirs in ((dataclasses.asdict(self.config), checkpoint["config"]),
-                             (dataclasses.asdict(self.training), checkpoint["training"]),
-                             ({"seed": self.args.seed}, {"seed": checkpoint["seed"]})):
+                             (dataclasses.asdict(self.training), checkpoint.get("training", {})),
+                             (self.settings, checkpoint.get("settings", {}))):
             for key in mine.keys() | theirs.keys():
                 if key not in may_differ and mine.get(key) != theirs.get(key):
                     raise BadInput(f"{self.path}: was made with {key}={theirs.get(key)}, not {mine.get(key)}. "
@@ -358,22 +366,24 @@ class Run:
                 part.load_state_dict(self.checkpoint[name])
             if len(self.checkpoint["random"]) == self.world:
                 restore_random_state(self.checkpoint["random"][self.rank])
+            else:
+                self.say("another number of ranks than before: the random state starts anew")
         self.checkpoint = None
 
-    def adamw(self, parameters, learning_rate=None):
+    def adamw(self, parameters):
         """AdamW over the parameters that train and nothing else. Weight decay where ndim >= 2 (nanoGPT's rule)."""
         t, parameters = self.training, [p for p in parameters if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": t.weight_decay},
                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate or t.learning_rate, betas=(t.beta1, t.beta2), fused=True)
+        return torch.optim.AdamW(groups, lr=t.learning_rate, betas=(t.beta1, t.beta2), fused=True)
 
-    def set_learning_rate(self, optimizer, step):
-        """Linear warm-up, then a cosine from learning_rate to end_learning_rate: a pure function of the step."""
+    def set_learning_rate(self, optimizer, step, scale=1.0):
+        """Linear warm-up, then a cosine from learning_rate to end_learning_rate, times scale: a function of the step."""
         t = self.training
         progress = max(0, step - t.warmup) / max(1, t.steps - t.warmup)
         rate = t.end_learning_rate + (t.learning_rate - t.end_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / max(1, t.warmup))
+            group["lr"] = scale * rate * min(1.0, (step + 1) / max(1, t.warmup))
 
     def parallel(self, module):
         """DistributedDataParallel under torchrun, the module itself otherwise."""
@@ -383,7 +393,8 @@ class Run:
         return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
     def pieces(self, batches, module):
-        """The --accumulate pieces of one step's batch, on the device; gradients cross ranks with the last one only."""
+        """The --accumulate pieces of one step's batch, on the device; gradients cross ranks with the last one only, so
+        forward and backward must happen inside the loop over this (not over a list of it)."""
         for i in range(self.training.accumulate):
             images, labels = next(batches)
             last = i == self.training.accumulate - 1
@@ -391,7 +402,7 @@ class Run:
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def autocast(self):
-        """bfloat16 where CUDA is present and --bf16 is on; plain float32 otherwise."""
+        """bfloat16 where CUDA is present and --bf16 is on; otherwise float32 (TF32 in the products on CUDA)."""
         return torch.autocast(self.device.type, torch.bfloat16,
                               enabled=self.training.bf16 and self.device.type == "cuda")
 
@@ -411,7 +422,7 @@ class Run:
                 self.bar.update()
                 if self.step % self.training.log_every == 0 or self.step == self.training.steps:
                     self._write_log()
-                if self._shall_stop():
+                if self.step < self.training.steps and self._shall_stop():
                     self.save()
                     raise Interrupted(f"{self.path} holds step {self.step} of {self.training.steps}; "
                                       f"go on with --resume")
@@ -419,13 +430,16 @@ class Run:
                     self.save()
         finally:
             self.bar.close()
+            if self.board:
+                self.board.close()
             for s, handler in zip(signals, before):
                 signal.signal(s, handler)
 
     def log(self, step, **values):
         """Remember this step's values (tensors stay on the device: nothing waits for the GPU until a line is due)."""
-        loss = torch.as_tensor(values["loss"]).detach()
-        bad = torch.where(torch.isfinite(loss), math.inf, float(step))
+        # the loss is from before the step: a bad gradient would break the weights and be noticed a step too late
+        watched = sum(torch.as_tensor(values[k]).detach().float() for k in ("loss", "grad_norm") if k in values)
+        bad = torch.where(torch.isfinite(watched), math.inf, float(step))
         self.bad_step = bad if self.bad_step is None else torch.minimum(self.bad_step, bad)
         for name, value in values.items():
             value = value.detach() if torch.is_tensor(value) else value
@@ -447,7 +461,7 @@ class Run:
         if not self.main or self.saved_at == self.step:
             return
         checkpoint = {"stage": self.stage, "step": self.step, "config": dataclasses.asdict(self.config),
-                      "training": dataclasses.asdict(self.training), "seed": self.args.seed, "random": states,
+                      "training": dataclasses.asdict(self.training), "settings": self.settings, "random": states,
                       **{name: part.state_dict() for name, part in self.tracked.items()}}
         write_atomically(self.path, lambda temporary: torch.save(checkpoint, temporary))
         self.saved_at = self.step
@@ -462,31 +476,34 @@ class Run:
     def _shall_stop(self):
         if self.world == 1:
             return self.stop_asked
-        if self.step % self.training.log_every:     # ranks must agree, and asking each step would cost a round trip
+        if self.step % min(10, self.training.log_every):     # ranks must agree; asking each step costs a round trip
             return False
         asked = torch.tensor(float(self.stop_asked), device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked)
 
     def _stop_if_not_finite(self):
+        if self.world > 1 and self.bad_step is not None:        # all ranks leave together
+            dist.all_reduce(self.bad_step, op=dist.ReduceOp.MIN)
         if self.bad_step is not None and math.isfinite(self.bad_step):
             kept = f"{self.path} keeps the last good checkpoint" if self.path.exists() else "nothing was saved yet"
-            raise BadInput(f"the loss is not finite at step {int(self.bad_step)}; {kept}. "
+            raise BadInput(f"the loss or its gradient is not finite at step {int(self.bad_step)}; {kept}. "
                            f"Try a smaller --learning_rate, or --no-bf16")
 
     def _write_log(self):
         if not self.sums:
             return
         self._stop_if_not_finite()
+        sums, self.sums = self.sums, {}
+        if not self.main:       # the log holds the first rank's share of the batch
+            return
         now = time.perf_counter()
         means = {k: float(torch.as_tensor(v, dtype=torch.float32).mean() if not torch.is_tensor(v[0])
-                          else torch.stack(v).float().mean()) for k, v in self.sums.items()}
-        steps = max(len(v) for v in self.sums.values())
+                          else torch.stack(v).float().mean()) for k, v in sums.items()}
+        steps = max(len(v) for v in sums.values())
         line = {"step": self.step, **means, "images_per_s": steps * self.training.batch_size / (now - self.logged_time),
                 "seconds": self.seconds + now - self.started}
-        self.sums, self.logged_time = {}, now
-        if not self.main:
-            return
+        self.logged_time = now
         with open(self.log_path, "a") as file:
             file.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
         self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {line['images_per_s']:.0f} images/s")
@@ -494,13 +511,12 @@ class Run:
             self.board.add_scalar(name, value, self.step)
 
     def _cut_log(self):
-        """Drop log lines beyond the checkpoint (they are about to be written again) and go on counting seconds."""
-        lines = read_log(self.log_path)
-        kept = [line for line in lines if line["step"] <= self.step]
+        """Drop lines beyond the checkpoint (about to be written again) or cut short by a kill; go on counting seconds."""
+        kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
-        if len(kept) < len(lines):
-            write_atomically(self.log_path, lambda temporary: temporary.write_text(
-                "".join(json.dumps(line) + "\n" for line in kept)))
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if self.log_path.exists() and self.log_path.read_text() != text:
+            write_atomically(self.log_path, lambda temporary: temporary.write_text(text))
 
 
 def read_log(path):

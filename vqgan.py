@@ -438,6 +438,25 @@ class Discriminator(nn.Module):
         return self.to_logits(self.pool(x))                     # [B, 1, grid, grid]
 
 
+class FeatureDiscriminator(nn.Module):
+    """The toy's discriminator: small heads on the frozen maps of the perceptual network (projected GAN, 2111.01007).
+
+    Images [B, 3, H, W] -> logits [B, cells of all maps]; real is positive. It tells blurred from sharp after some tens of
+    steps, where a PatchGAN from nothing needs thousands.
+    """
+
+    def __init__(self, perceptual, width=64):
+        super().__init__()
+        self.perceptual = perceptual
+        self.heads = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(conv.out_channels, width, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, width, 3, padding=1),
+            nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 1)) for conv in perceptual.convs)
+
+    def forward(self, images):
+        maps = self.perceptual.features(images)
+        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps)], dim=1)
+
+
 class LeCam(nn.Module):
     """LeCam regularization (2104.03310): keeps the discriminator's logits near running means of the other side's."""
 
