@@ -621,7 +621,7 @@ def test_full_disk(toy, tmp_path):
 
 def test_missing_optional_weights(toy, tmp_path):
     out = folder_without(toy, tmp_path / "out", "nativetok_4_stage2")
-    refused(f"python tokenizer.py {SMALL} --out {out} --tokens 4 --stage 2 --perceptual convnext", "convnext_small",
+    refused(f"python tokenizer.py {SMALL} --out {out} --tokens 4 --stage 2 --perceptual convnext --discriminator patch", "convnext_small",
             "--perceptual none")
 
 
@@ -1414,14 +1414,6 @@ def test_config_refuses(change):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores (evaluate.py)
 
-ROOT = Path(os.environ.get("REPOSITORY", Path(__file__).resolve().parent))
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import evaluate  # noqa: E402
-
-torch.set_num_threads(1)
-
-
 def test_frechet_distance_of_two_gaussians():
     rng = np.random.default_rng(0)
     mu1, mu2, s1, s2 = rng.normal(size=8), rng.normal(size=8), rng.uniform(0.5, 2, 8), rng.uniform(0.5, 2, 8)
@@ -1508,7 +1500,7 @@ SCORES = {
     "maskgit": {"accuracy", "fd", "guidance_scale"}, "hnt": {"step_ratio"}, "classifier": {"test_accuracy"}}
 
 
-def run(out, *command):
+def script(out, *command):
     return subprocess.run([sys.executable, *command, "--config", "toy", "--data", "shapes", "--out", str(out)], cwd=ROOT,
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -1516,7 +1508,7 @@ def run(out, *command):
 def test_report(tmp_path):
     """All stages at a few steps, then the report: its files, its numbers' names, and nothing measured twice."""
     small = ["--steps", "3", "--batch_size", "8"]
-    missing = run(tmp_path, "evaluate.py", "report", "--tokens", "4")
+    missing = script(tmp_path, "evaluate.py", "report", "--tokens", "4")
     assert missing.returncode == 2 and "python vqgan.py" in missing.stderr and not list(tmp_path.iterdir())
     stages = [["vqgan.py", *small, "--channels", "8", "--perceptual", "none"],
               ["tokenizer.py", "--tokens", "2", *small, "--width", "32", "--expert_width", "32"],
@@ -1530,10 +1522,10 @@ def test_report(tmp_path):
     torch.save({"stage": "fd_classifier", "model": evaluate.FDClassifier(10).state_dict(), "step": 900,
                 "test_accuracy": 0.1, "config": {"made_of": made_of}}, tmp_path / "fd_classifier.pt")
     for stage in stages:
-        done = run(tmp_path, *stage)
+        done = script(tmp_path, *stage)
         assert done.returncode == 0, done.stderr
     few = ["--tokens", "4", "--images", "100", "--samples", "50"]
-    first = run(tmp_path, "evaluate.py", "report", *few)
+    first = script(tmp_path, "evaluate.py", "report", *few)
     assert first.returncode == 0, first.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(scores) == {"data", "seed", "seconds", "fd_floor", *SCORES} and scores["data"] == "shapes"
@@ -1547,11 +1539,11 @@ def test_report(tmp_path):
     assert table in first.stdout                                            # the same on the screen
 
     measured = (tmp_path / "measured.json").stat().st_mtime_ns
-    assert run(tmp_path, "evaluate.py", "report", *few).returncode == 0
+    assert script(tmp_path, "evaluate.py", "report", *few).returncode == 0
     assert (tmp_path / "measured.json").stat().st_mtime_ns == measured
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     (tmp_path / "maskgit_nativetok_4.pt").unlink()
-    partial = run(tmp_path, "evaluate.py", "scores", *few)
+    partial = script(tmp_path, "evaluate.py", "scores", *few)
     assert partial.returncode == 0 and "AR samples" in partial.stdout and "not there yet" in partial.stdout
-    wrong = run(tmp_path, "evaluate.py", "repart")
+    wrong = script(tmp_path, "evaluate.py", "repart")
     assert wrong.returncode == 2 and "Did you mean report" in wrong.stderr
