@@ -10,18 +10,15 @@ SEED ?= 0
 
 ifdef LONG
 OUT ?= out/toy_long
-VQGAN_STEPS := --steps 6000
-TOKENIZER_STEPS := --steps 9000
-HNT_STEPS := --steps 6000
+VQGAN_STEPS := --steps 7500
+TOKENIZER_STEPS := --steps 8000
+HNT_STEPS := --steps 5000
 STAGE2_STEPS := --steps 2000
 AR_STEPS := --steps 3500
 MASKGIT_STEPS := --steps 4000
 else
 OUT ?= out/toy
 endif
-
-# Several busy programs on few cores: threads that sleep while they wait leave the core to those that work
-export OMP_WAIT_POLICY ?= PASSIVE
 
 # what `auto` came to is noted once, so that all stages use the same data
 FLAGS = --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED) --resume

@@ -47,7 +47,7 @@ from trainer import BadInput, TrainConfig
 STRATEGIES = ("full", "reuse", "reuse+finetune")
 FROZEN_SHARE = 0.9      # of the steps, under reuse+finetune (section 3.2)
 TRAINING = {
-    "toy": TrainConfig(steps=1200, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5, warmup=20, ema=0.99,
+    "toy": TrainConfig(steps=1000, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5, warmup=20, ema=0.99,
                        workers=0, log_every=40, save_every=300, preview_every=600),
     "full": TrainConfig(steps=450_000),     # appendix F.1
 }

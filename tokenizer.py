@@ -89,7 +89,7 @@ PRESETS = {
     "titok_full": TokenizerConfig(model="titok", encoder_layers=24),            # TiTok-L-32
 }
 TRAINING = {
-    ("toy", 1): TrainConfig(steps=1800, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5, warmup=50, ema=0.99,
+    ("toy", 1): TrainConfig(steps=1600, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5, warmup=50, ema=0.99,
                             workers=0, log_every=50, save_every=300, preview_every=600),
     ("toy", 2): TrainConfig(steps=400, batch_size=16, learning_rate=3e-4, end_learning_rate=2e-5, warmup=100, ema=0.99,
                             beta2=0.999, workers=0, log_every=25, save_every=200, preview_every=200),
