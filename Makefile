@@ -44,4 +44,4 @@ test: .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv out __pycache__ .pytest_cache
+	rm -rf .venv __pycache__ .pytest_cache

@@ -79,7 +79,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real)
 
 
-# Inception's FID, Inception Score, precision and recall belong here; they need no more than features, as above.
+# Inception's FID, Inception Score, precision and recall belong here: a network like FDClassifier below, with a reference
+# of its own in Bench, a key in score() and a column in score_table().
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,10 +525,12 @@ def score_table(scores, name):
 def protocol(bench):
     classes = "" if len(bench.test.classes) > 1 else " There is one class only, so that accuracy means nothing."
     border = f" without its border of {bench.test.border} pixels" if bench.test.border else ""
+    shrunk = " Accuracy and FD see the picture shrunk to 64x64." if bench.side > 64 else ""
     return (f"Scored on {len(bench.indices):,} test images of {bench.test.name}, on the {bench.side}x{bench.side} "
             f"picture{border}; {len(bench.sample_labels):,} samples, in the same balance of classes.\n"
             f"PSNR: mean of the images'. FD: Frechet distance to these images on 64 features of the FD-classifier, a "
-            f"small network trained on the training split; it is not FID.\n"
+            f"small network trained on the training split; it is not FID. It grows as images get fewer: "
+            f"compare samples with samples.{shrunk}\n"
             f"Accuracy: share that the same network gives the right class.{classes} Guidance makes samples typical of "
             f"their class, so theirs can exceed that of reconstructions.\n"
             f"Soft: the pixel decoder reads the VQGAN's embedding averaged with the predicted probabilities; argmax: "
@@ -716,7 +719,8 @@ def main():
     checkpoint = trainer.load_checkpoint(files["vqgan"], "vqgan", make=commands["vqgan"])
     bench = Bench(args, checkpoint["config"]["image_size"])
     made_of = [bench.train.fingerprint, bench.test.fingerprint, len(bench.indices), len(bench.sample_labels),
-               args.seed, stamp(Path(__file__))]
+               args.seed, *(stamp(Path(__file__).with_name(f"{name}.py"))
+                 for name in ("data", "trainer", "vqgan", "tokenizer", "generator", "evaluate"))]
     notebook = Notebook(args.out / "measured.json", made_of)
     if args.what == "report":
         return report(args, bench, notebook, files, name, checkpoint.get("settings", {}).get("seed"))

@@ -58,7 +58,7 @@ class GeneratorConfig:
     unmasked_weight: float = 0.1    # MaskGIT: weight of the codes it can see, beside 1 for hidden ones
     guidance_scale: float = 2.0     # sampling: 1 is without guidance
     guidance: str = "constant"      # sampling, MaskGIT: constant, linear or power-cosine over the steps
-    temperature: float = 1.0        # sampling: of the softmax (AR), or of the noise, falling to 0 over the steps (MaskGIT)
+    temperature: float = 1.0        # sampling: of the softmax (AR), or of the noise, falling to 0 (MaskGIT)
     top_k: int = 0                  # sampling, AR: only the k likeliest codes; 0: all
     sampling_steps: int = 8         # sampling, MaskGIT: forward passes
 

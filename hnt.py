@@ -5,12 +5,12 @@
     torchrun --nproc_per_node=4 hnt.py --tokens 64      # full: 32 -> 64, and again with --tokens 128
 
 NativeTok in one breath (tokenizer.py has it in full): the Meta Image Transformer (MIT) reads the image once, X_latent;
-expert i, a small transformer, reads X_latent, the tokens z_0 .. z_{i-1} and a pad token, and what comes out at the pad's
-position is kept: z_i. One linear layer (to_code) and a quantizer make z_i a code; the token decoder reads all codes.
+expert i, a small transformer, reads X_latent, the tokens z_0 .. z_{i-1} and a pad token, and what comes out for the pad
+is kept: z_i. One linear layer (to_code) and a quantizer make z_i a code; the token decoder reads all codes.
 
-Experts are independent modules, and none reads what a later one writes. So a NativeTok of 16 tokens can keep the first 8
-experts of a trained one as they are: their tokens come out the same, to the bit. Growing is surgery on the state dict
-(`grow`): MIT and experts 0 .. 7 are kept, expert 8 + j starts as a copy of expert j. Then
+Experts are independent modules, and none reads what a later one writes. So a NativeTok of 16 tokens can keep the first
+8 experts of a trained one as they are: their tokens come out the same, to the bit. Growing is surgery on the state
+dict (`grow`): MIT and experts 0 .. 7 are kept, expert 8 + j starts as a copy of expert j. Then
 
     for 90 % of the steps   new experts and token decoder train;
                             MIT, old experts, pad token, to_code and quantizer are frozen
@@ -60,7 +60,7 @@ def grow(state_dict, old_tokens, new_tokens):
     where new > 2 old). Everything else is taken over. Raises BadInput unless new_tokens > old_tokens.
     """
     if new_tokens <= old_tokens:
-        raise BadInput(f"--tokens {new_tokens}: HNT grows; the tokenizer it starts from has {old_tokens} tokens already")
+        raise BadInput(f"--tokens {new_tokens}: HNT grows; the tokenizer it starts from has {old_tokens} already")
     # origin: new token -> the old one whose weights it starts with
     origin = [i if i < old_tokens else (i - old_tokens) % old_tokens for i in range(new_tokens)]
     grown = {}

@@ -2,14 +2,15 @@
 
     python tokenizer.py --tokens 8                    # stage 1 (toy): predict the VQGAN's codes from 8 codes
     python tokenizer.py --tokens 16 --stage 2         # stage 2: fine-tune what turns codes into pixels
-    python tokenizer.py --tokens 16 --model titok     # the baseline, at equal parameters
+    python tokenizer.py --tokens 16 --model titok     # the baseline; at 16 tokens with equal parameters
     python tokenizer.py --reconstruct a.png b.jpg     # original beside reconstruction, and the codes
     torchrun --nproc_per_node=4 tokenizer.py --tokens 128     # full size, 4 GPUs
 
-The idea. An image is read once by a transformer (the Meta Image Transformer, MIT); its result X_latent is locked. Then
-L small transformers, the experts (MoCET), write one token each, in order: expert i sees X_latent and the tokens
-z_0 .. z_{i-1} that are already written, and writes z_i. So token i cannot depend on a later one, and what a generator
-has to learn afterwards, p(z_i | z_0 .. z_{i-1}), is how the tokens were made in the first place.
+The idea. An image is read once by a transformer (the Meta Image Transformer, MIT); its result X_latent is locked: all
+experts read the same and none changes it. Then L small transformers, the experts (MoCET), write one token each, in
+order: expert i sees X_latent and the tokens z_0 .. z_{i-1} that are already written, and writes z_i. So token i cannot
+depend on a later one, and what a generator has to learn afterwards, p(z_i | z_0 .. z_{i-1}), is how the tokens were
+made in the first place.
 
     image -> MIT -> X_latent -> experts 0 .. L-1 -> z [L vectors] -> quantizer -> codes [L numbers]
     codes -> token decoder -> a VQGAN code for every grid cell -> VQGAN decoder -> image
@@ -19,7 +20,8 @@ VQGAN (vqgan.py) gives the image. Stage 2: the token decoder and the VQGAN's pix
 that decides the codes is frozen, so that generators trained on the codes stay valid. (hnt.py: from L to more tokens.)
 
 Letters: B batch, H W pixels, P patches the MIT sees, L tokens, D width of MIT and decoder, d width of the experts,
-c numbers in a code, K codes, G side of the VQGAN's grid, V codes of the VQGAN, h heads, T a sequence's length.
+c numbers in a code, K codes, G side of the VQGAN's grid, V codes of the VQGAN and C numbers in each, h heads, T a
+sequence's length.
 Images are float32 [B, 3, H, W] in [0, 1]. Section and equation numbers are the paper's.
 """
 from dataclasses import asdict, dataclass, field, replace
@@ -125,7 +127,7 @@ STAGE2 = {"toy": Stage2Config(perceptual="small", perceptual_weight=0.3, gan_wei
 # Transformer parts, shared by all models below
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention and an MLP four times as wide, each with a skip."""
+    """Pre-norm transformer block: attention and an MLP four times as wide, each with a skip. In an expert D is d."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -203,7 +205,8 @@ class TokenDecoder(nn.Module):
     def forward(self, z_q):
         """z_q [B, k, c], any prefix of the tokens (k <= L) -> logits [B, G*G, V]."""
         cells = self.positions.shape[1] - 1
-        x = torch.cat([self.class_token, self.mask_token.expand(1, cells, -1)], dim=1) + self.positions
+        x = torch.cat([self.class_token, self.mask_token.expand(1, cells, -1)], dim=1)  # [1, 1 + G*G, D]
+        x = x + self.positions
         latents = self.embed(z_q) + self.latent_positions[:, :z_q.shape[1]]             # [B, k, D]
         x = self.ln_pre(torch.cat([x.expand(len(z_q), -1, -1), latents], dim=1))        # [B, 1 + G*G + k, D]
         for block in self.blocks:
@@ -227,7 +230,7 @@ class MetaImageTransformer(nn.Module):
 
 
 class Expert(nn.Module):
-    """The transformer that writes one token. It reads [X_latent, z_0 .. z_{i-1}, pad] and keeps the pad's position."""
+    """The transformer that writes a token: reads [X_latent, z_0 .. z_{i-1}, pad], keeps what comes out for the pad."""
 
     def __init__(self, width, heads, layers):
         super().__init__()
@@ -241,7 +244,7 @@ class Expert(nn.Module):
         return self.blocks[-1].last_position(x)
 
     def forward_plain(self, x):
-        """The same in plain words: run every block on every position, keep the last."""
+        """The same in plain words (read this first; a test holds both equal): run all blocks on all, keep the last."""
         for block in self.blocks:
             x = block(x)
         return x[:, -1:]
@@ -290,6 +293,7 @@ class NativeTok(nn.Module):
         super().__init__()
         self.config = config
         self.make_encoder(config)
+        # Another quantizer goes here. It needs q(z) -> (z_q, loss, codes), codes(z), lookup(codes), track_usage, use.
         self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim, l2_norm=True)      # as TiTok's
         self.decoder = TokenDecoder(config)
         # The VQGAN's codebook and decoder travel in the tokenizer's file, since stage 2 changes the decoder.
@@ -328,8 +332,9 @@ class NativeTok(nn.Module):
 
     def paint(self, logits):
         """Logits over the VQGAN's codes [B, G*G, V] -> images [B, 3, H, W], not clamped."""
-        z_q = logits.softmax(-1) @ self.pixel_codebook.weight               # [B, G*G, D_vqgan], expected embedding
-        return self.pixel_decoder(z_q.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid)))
+        embedding = logits.softmax(-1) @ self.pixel_codebook.weight         # [B, G*G, C], the expected embedding
+        grid = embedding.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))     # [B, C, G, G]
+        return self.pixel_decoder(grid)
 
 
 class TiTok(NativeTok):
@@ -384,12 +389,13 @@ def load_tokenizer(path, device="cpu"):
     return model.to(device).eval().requires_grad_(False)
 
 
-def default_tokenizer(out, tokens):
-    """The NativeTok file of this length in the folder out, after stage 2 if there is one. Raises BadInput if none."""
-    for name in (f"nativetok_{tokens}_stage2.pt", f"nativetok_{tokens}.pt"):
+def default_tokenizer(out, tokens, model="nativetok"):
+    """The file of this model and length in the folder out, after stage 2 if there is one. Raises BadInput if none."""
+    for name in (f"{model}_{tokens}_stage2.pt", f"{model}_{tokens}.pt"):
         if (Path(out) / name).exists():
             return Path(out) / name
-    raise BadInput(f"{out}: no tokenizer of {tokens} tokens there. Train it first: python tokenizer.py "
+    other = "" if model == "nativetok" else f"--model {model} "
+    raise BadInput(f"{out}: no {model} of {tokens} tokens there. Train it first: python tokenizer.py {other}"
                    f"--tokens {tokens}")
 
 
@@ -414,12 +420,14 @@ class Stage1(nn.Module):
 
 def stage1_gradients(run, stage, teacher, batches):
     """Forward and backward of one step's batch; the codes to predict come from the frozen VQGAN, the teacher."""
+    seen = []
     for images, _ in run.pieces(batches, stage):                            # [B, 3, H, W]
         with run.autocast():
             targets = teacher.encode(images).flatten(1)                     # [B, G*G]
             loss, parts, z, codes = stage(images, targets)
         (loss / run.training.accumulate).backward()
-    return loss, parts, z, codes
+        seen.append((z.detach(), codes))
+    return loss, parts, *(torch.cat(tensors) for tensors in zip(*seen))     # loss and parts: of the last piece
 
 
 def save_preview(model, originals, path):
@@ -455,7 +463,7 @@ def train_stage1(args):
         loss, parts, z, codes = stage1_gradients(run, stage, teacher, batches)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
-        # the last fifth without revival: codes that the averaged weights have known for a while
+        # no revival in the last fifth: the averaged weights need time to follow a moved code
         model.quantizer.track_usage(z, codes, config.revive_below if step < 0.8 * training.steps else 0.0)
         ema.update(model)
         run.log(step, loss=loss, grad_norm=grad_norm, **parts, **model.quantizer.use())
@@ -475,7 +483,7 @@ class Stage2(nn.Module):
 
     def forward(self, images, discriminator=None):
         """images [B, 3, H, W]; discriminator None before gan_start -> loss, its parts, reconstruction [B, 3, H, W]."""
-        with torch.no_grad():                                               # encoder and codebook are frozen
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):    # frozen; the codes as in use
             z_q = self.model.quantizer.lookup(self.model.encode(images))    # [B, L, c]
         reconstruction = self.model.paint(self.model.decoder(z_q))          # [B, 3, H, W]
         parts = {"l2": F.mse_loss(reconstruction, images)}
@@ -497,6 +505,7 @@ class DiscriminatorLoss(nn.Module):
         self.discriminator, self.lecam, self.lecam_weight = discriminator, vqgan.LeCam(), lecam_weight
 
     def forward(self, images, reconstruction):
+        """Both [B, 3, H, W] -> scalar. The discriminator gives one logit for each region of a picture."""
         real, fake = self.discriminator(torch.cat([images, reconstruction])).chunk(2)       # 2 x [B, regions]
         return vqgan.hinge_loss(real, fake) + self.lecam_weight * self.lecam(real, fake)
 
@@ -538,12 +547,12 @@ def train_stage2(args):
         optimizer.zero_grad()
         judge_optimizer.zero_grad()
         for images, _ in run.pieces(batches, stage):                        # [B, 3, H, W]
-            for p in judging:                                               # first the painters, by the judge's measure
+            for p in judging:                                               # the painters first; their loss must leave no gradient in the judge
                 p.requires_grad_(False)
             with run.autocast():
                 loss, parts, reconstruction = stage(images, discriminator if adversarial else None)
             (loss / training.accumulate).backward()
-            for p in judging:                                               # then the judge
+            for p in judging:                                               # then the judge, on the same reconstruction
                 p.requires_grad_(True)
             if adversarial:
                 with run.autocast():
@@ -578,7 +587,7 @@ def default_stage1(args):
 def reconstruct(args):
     """Write original beside reconstruction for each image, and print the codes."""
     tokens = getattr(args, "tokens", PRESETS[args.config].tokens)
-    path = args.checkpoint or default_tokenizer(args.out, tokens)
+    path = args.checkpoint or default_tokenizer(args.out, tokens, getattr(args, "model", "nativetok"))
     model = load_tokenizer(path, args.device or "cpu")
     images = torch.stack([data.read_image(p, model.config.image_size) for p in args.reconstruct])     # [B, 3, H, W]
     codes = model.encode(images.to(args.device or "cpu"))                   # [B, L]
@@ -596,7 +605,7 @@ def main():
     parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file",
                         help="the stage 0 checkpoint, default OUT/vqgan.pt")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path,
-                        help="the tokenizer that --stage 2 starts from, or that --reconstruct uses")
+                        help="the stage 1 tokenizer that --stage 2 starts from, or the one that --reconstruct uses")
     parser.add_argument("--convnext", metavar="FILE", default="weights/convnext_small.pth",
                         help="torchvision's convnext_small weights, for --perceptual convnext")
     parser.add_argument("--reconstruct", metavar="IMAGE", nargs="+", help="do this instead of training")

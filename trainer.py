@@ -378,7 +378,7 @@ class Run:
         return torch.optim.AdamW(groups, lr=t.learning_rate, betas=(t.beta1, t.beta2), fused=True)
 
     def set_learning_rate(self, optimizer, step, scale=1.0):
-        """Linear warm-up, then a cosine from learning_rate to end_learning_rate, times scale: a function of the step."""
+        """Linear warm-up, a cosine from learning_rate to end_learning_rate, times scale: a function of the step."""
         t = self.training
         progress = max(0, step - t.warmup) / max(1, t.steps - t.warmup)
         rate = t.end_learning_rate + (t.learning_rate - t.end_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
@@ -511,7 +511,7 @@ class Run:
             self.board.add_scalar(name, value, self.step)
 
     def _cut_log(self):
-        """Drop lines beyond the checkpoint (about to be written again) or cut short by a kill; go on counting seconds."""
+        """Drop lines beyond the checkpoint (they come again) or cut short by a kill; go on counting seconds."""
         kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         text = "".join(json.dumps(line) + "\n" for line in kept)

@@ -1,18 +1,19 @@
 """Stage 0: a 2-D VQGAN turns an image into a grid of codes and paints the image back from them.
 
     python vqgan.py                     # train (toy: about a minute and a half on two CPU cores)
-    python vqgan.py --weights FILE      # full: take the public MaskGIT-VQGAN weights instead of training
+    python vqgan.py --config full --weights FILE    # take the public MaskGIT-VQGAN weights instead of training
 
 NativeTok does not predict pixels. Stage 1 (tokenizer.py) predicts this network's codes, and this network's decoder
 paints them: so it is trained first and then frozen. The architecture is MaskGIT-VQGAN's (1024 codes of 256 numbers,
 factor 16), whose public weights the paper builds on; the toy is the same code with smaller numbers.
-The file also holds the losses that judge pictures (perceptual network, discriminator), which stage 2 shares.
+The file also holds the networks that judge pictures: the perceptual network, for this stage and stage 2, and the
+discriminators, LeCam and hinge loss, for stage 2 only.
 
 Letters: B batch, H W pixels, h w code grid, C channels, K codes in the codebook, D numbers in a code.
-Images are float32 [B, 3, H, W] in [0, 1]. What trains here: everything, encoder, codebook and decoder.
+Images are float32 [B, 3, H, W] in [0, 1]. What trains here: encoder, codebook and
+decoder, on L2 and a frozen perceptual network (which the toy trains first, in seconds). No adversarial loss.
 """
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ class Encoder(nn.Module):
         x = self.conv_in(images)                                # [B, C, H, W]
         for i, level in enumerate(self.down):
             if i > 0:
-                x = F.avg_pool2d(x, 2)                          # half the resolution
+                x = F.avg_pool2d(x, 2)                          # [B, C, H / 2^i, W / 2^i]
             for block in level.block:
                 x = block(x)
         for block in self.mid:
@@ -142,12 +143,12 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z_q):
-        x = self.conv_in(z_q)                                   # [B, C, h, w]
+        x = self.conv_in(z_q)                                   # [B, C, h, w], C the last width
         for block in self.mid:
             x = block(x)
         for i, level in reversed(list(enumerate(self.up))):
             for block in level.block:
-                x = block(x)
+                x = block(x)                                    # [B, C of this level, H / 2^i, W / 2^i]
             if i > 0:
                 x = level.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))    # twice the resolution
         return self.conv_out(F.silu(self.norm_out(x)))          # [B, 3, H, W]
@@ -198,17 +199,20 @@ class VectorQuantizer(nn.Module):
     def track_usage(self, z, codes, revive_below=0.0, decay=0.98):
         """After the optimizer's step: update the running use; move codes that died onto vectors of this batch.
 
-        Outside the graph and after the step, since moving a code before it would break the backward pass. Which codes
-        died is decided on the device, without waiting for it. Under torchrun all ranks see the same use.
+        Outside the graph and after the step, since moving a code before it would break the backward pass. No .item():
+        the CPU does not wait for the GPU. Under torchrun all ranks see the same use. z, codes: of this step's batch.
+        While codes are revived none falls to a use of 0.01, so codes_used reads 1: look at the perplexity, or at the
+        last fifth of the run.
         """
         counts = torch.bincount(codes.flatten(), minlength=len(self.usage)).to(self.usage)      # [K]
-        candidates = z.detach().float().flatten(0, -2)                                          # [M, D]
-        candidates = candidates[torch.randint(len(candidates), (len(counts),), device=z.device)]    # [K, D]
         if dist.is_initialized():
             dist.all_reduce(counts)
-            dist.broadcast(candidates, src=0)
         self.usage.lerp_(counts * len(counts) / counts.sum(), 1 - decay)
         if revive_below > 0:
+            vectors = z.detach().float().flatten(0, -2)                                         # [M, D]
+            candidates = vectors[torch.randint(len(vectors), (len(counts),), device=z.device)]      # [K, D]
+            if dist.is_initialized():
+                dist.broadcast(candidates, src=0)
             dead = self.usage < revive_below                                                    # [K]
             if self.l2_norm:
                 candidates = F.normalize(candidates, dim=-1)
@@ -293,7 +297,7 @@ def read_weights(path_or_state_dict):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses that judge pictures, for this stage and for stage 2
+# Networks and losses that judge pictures: perceptual here and in stage 2, adversarial in stage 2 only
 
 class SmallPerceptual(nn.Module):
     """The toy's perceptual network: trained in seconds to name the classes of the data's own training split.
@@ -330,15 +334,14 @@ class SmallPerceptual(nn.Module):
 def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
     """The trained SmallPerceptual for this data set, from path if it is there and was made from the same data."""
     path = Path(path)
-    model = SmallPerceptual(len(dataset.classes)).to(device)
-    if path.exists():
-        checkpoint = trainer.load_checkpoint(path, "perceptual", make=f"rm {path} and run again")
-        if checkpoint["config"]["data"] == dataset.fingerprint:
-            model.load_state_dict(checkpoint["model"])
-            return model.eval().requires_grad_(False)
     with torch.random.fork_rng():                               # its own seed, and no trace in the stage's random state
         torch.manual_seed(4321)
         model = SmallPerceptual(len(dataset.classes)).to(device)
+        if path.exists():
+            checkpoint = trainer.load_checkpoint(path, "perceptual", make=f"rm {path} and run again")
+            if checkpoint["config"]["data"] == dataset.fingerprint:
+                model.load_state_dict(checkpoint["model"])
+                return model.eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         batches = data.batches(dataset, batch_size, seed=4321)
         for step in range(steps):
@@ -413,7 +416,8 @@ class ConvNeXtSmall(nn.Module):
 class Discriminator(nn.Module):
     """TiTok's PatchGAN: images [B, 3, H, W] -> a logit for each of grid x grid regions; real is positive.
 
-    grid is 16 in TiTok, for 256 pixels; three halvings leave a toy's 32 pixels no more than 4."""
+    grid is 16 in TiTok, at 256 pixels: three halvings leave 32 x 32, pooled to it. 32 pixels leave no more than 4. The
+    toy's preset uses FeatureDiscriminator."""
 
     def __init__(self, width=128, grid=16):
         super().__init__()
@@ -441,8 +445,8 @@ class Discriminator(nn.Module):
 class FeatureDiscriminator(nn.Module):
     """The toy's discriminator: small heads on the frozen maps of the perceptual network (projected GAN, 2111.01007).
 
-    Images [B, 3, H, W] -> logits [B, cells of all maps]; real is positive. It tells blurred from sharp after some tens of
-    steps, where a PatchGAN from nothing needs thousands.
+    Images [B, 3, H, W] -> logits [B, cells of all maps]; real is positive. It tells blurred from sharp after some tens
+    of steps, where a PatchGAN from nothing needs thousands.
     """
 
     def __init__(self, perceptual, width=64):
@@ -538,7 +542,7 @@ def train(args):
             (loss / training.accumulate).backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
-        # the last fifth without revival: codes that the averaged weights have known for a while
+        # no revival in the last fifth: the averaged weights need time to follow a moved code
         model.quantize.track_usage(z, codes, config.revive_below if step < 0.8 * training.steps else 0.0)
         ema.update(model)
         run.log(step, loss=loss, grad_norm=grad_norm, **parts, **model.quantize.use())
@@ -556,6 +560,8 @@ def main():
     args = trainer.parse(parser)
     if not args.weights:
         return train(args)
+    if args.config != "full":
+        raise BadInput("--weights: these are the full configuration's. Add --config full")
     model = load_maskgit_vqgan(args.weights)
     path = args.out / "vqgan.pt"
     if path.exists() and not args.overwrite:
