@@ -93,7 +93,7 @@ PRESETS = {
 TRAINING = {
     ("toy", 1): TrainConfig(steps=1600, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5, warmup=50, ema=0.99,
                             workers=0, log_every=50, save_every=300, preview_every=600),
-    ("toy", 2): TrainConfig(steps=400, batch_size=16, learning_rate=3e-4, end_learning_rate=2e-5, warmup=100, ema=0.99,
+    ("toy", 2): TrainConfig(steps=400, batch_size=16, learning_rate=2e-4, end_learning_rate=1e-5, warmup=20, ema=0.99,
                             beta2=0.999, workers=0, log_every=25, save_every=200, preview_every=200),
     ("full", 1): TrainConfig(),
     ("full", 2): TrainConfig(beta2=0.999),
@@ -110,6 +110,9 @@ class Stage2Config:
     lecam_weight: float = 0.001         # LeCam regularization of the discriminator
     discriminator: str = "patch"        # patch: TiTok's; features: heads on the perceptual network small, for few steps
     discriminator_rate: float = 1.0     # its learning rate / the painters'
+    discriminator_first: int = 0        # steps at the start in which it learns alone, so that its first word has sense
+    discriminator_beta1: float = 0.9    # its AdamW: momentum
+    discriminator_beta2: float = 0.999  # its AdamW: second moment
     sharpen: float = 1.0                # scale the first logits by this: a mean of many likely codes paints a blur
 
     def __post_init__(self):
@@ -119,8 +122,9 @@ class Stage2Config:
             raise BadInput(f"--discriminator features: needs --perceptual small, not {self.perceptual}. Use patch")
 
 
-STAGE2 = {"toy": Stage2Config(perceptual="small", perceptual_weight=0.3, gan_weight=0.15, gan_start=0, sharpen=8.0,
-                              discriminator="features", discriminator_rate=3.0), "full": Stage2Config()}
+STAGE2 = {"toy": Stage2Config(perceptual="small", gan_weight=0.1, gan_start=0, sharpen=8.0,
+                              discriminator="features", discriminator_rate=5.0, discriminator_first=100,
+                              discriminator_beta1=0.5, discriminator_beta2=0.99), "full": Stage2Config()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,14 +538,15 @@ def train_stage2(args):
     stage = run.parallel(Stage2(model, perceptual, weights))
     judge = DiscriminatorLoss(discriminator, weights.lecam_weight).to(run.device)
     judge_stage = run.parallel(judge)
-    optimizer, judge_optimizer = run.adamw(model.parameters()), run.adamw(judging)
+    optimizer = run.adamw(model.parameters())
+    judge_optimizer = run.adamw(judging, (weights.discriminator_beta1, weights.discriminator_beta2))
     ema = trainer.Ema(model, training.ema)
     run.track(model=model, optimizer=optimizer, ema=ema, discriminator=judge, discriminator_optimizer=judge_optimizer)
     batches = data.batches(train_set, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world,
                            training.workers)
 
     for step in run.steps():
-        run.set_learning_rate(optimizer, step)
+        run.set_learning_rate(optimizer, step, float(step >= weights.discriminator_first))
         run.set_learning_rate(judge_optimizer, step, weights.discriminator_rate)
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
         optimizer.zero_grad()

@@ -370,12 +370,13 @@ class Run:
                 self.say("another number of ranks than before: the random state starts anew")
         self.checkpoint = None
 
-    def adamw(self, parameters):
-        """AdamW over the parameters that train and nothing else. Weight decay where ndim >= 2 (nanoGPT's rule)."""
+    def adamw(self, parameters, betas=None):
+        """AdamW over the parameters that train and nothing else. Weight decay where ndim >= 2 (nanoGPT's rule).
+        betas: others than the settings'."""
         t, parameters = self.training, [p for p in parameters if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": t.weight_decay},
                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=t.learning_rate, betas=(t.beta1, t.beta2), fused=True)
+        return torch.optim.AdamW(groups, lr=t.learning_rate, betas=betas or (t.beta1, t.beta2), fused=True)
 
     def set_learning_rate(self, optimizer, step, scale=1.0):
         """Linear warm-up, a cosine from learning_rate to end_learning_rate, times scale: a function of the step."""

@@ -303,19 +303,20 @@ class SmallPerceptual(nn.Module):
     """The toy's perceptual network: trained in seconds to name the classes of the data's own training split.
 
     Strided convolutions with GELU and no batch norm, on purpose not the architecture (nor the seed) of evaluate.py's
-    FD-classifier: nothing is scored by a network that was trained against.
+    FD-classifier: nothing is scored by a network that was trained against. It sees brightness only: colour is left to
+    L2. (Trained on grey pictures it had never learned what a tint means, and stage 2 painted everything pink.)
     """
 
     def __init__(self, classes, width=32):
         super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(3, width, 5, stride=2, padding=2),                # [B, 32, H/2, W/2]
+        self.convs = nn.ModuleList([nn.Conv2d(1, width, 5, stride=2, padding=2),                # [B, 32, H/2, W/2]
                                     nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),        # [B, 64, H/4, W/4]
                                     nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1)])   # [B, 128, H/8, W/8]
         self.head = nn.Linear(4 * width * 16, classes)
 
     def features(self, images):
         """Images in [0, 1] -> the maps after each convolution."""
-        maps, x = [], images * 2 - 1
+        maps, x = [], images.mean(1, keepdim=True) * 2 - 1                  # [B, 1, H, W]
         for conv in self.convs:
             x = F.gelu(conv(x))
             maps.append(x)
