@@ -82,7 +82,7 @@ class GeneratorConfig:
 
 
 TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4, dropout=0.0,
-                      views=1, guidance_scale=3.0)
+                      views=1, guidance_scale=2.0)
 PRESETS = {
     "ar_toy": TOY,
     "maskgit_toy": replace(TOY, mode="maskgit"),
