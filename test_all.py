@@ -453,7 +453,9 @@ def test_resume_is_bit_equal(toy, tmp_path, name):
     assert step == 7 or (process.returncode == 130 and f"holds step {step} of 7" in output), output
     run(f"{command} --out {parts} --steps 7 --resume")
     a, b = load(whole / f"{name}.pt"), load(checkpoint)
-    a["training"].pop("save_every"), b["training"].pop("save_every")
+    for c in (a, b):        # what differs by intent: the number of saves, and the folder the tokenizer was in
+        c["training"].pop("save_every")
+        c.get("about", {}).pop("tokenizer", None)
     assert a["step"] == b["step"] == 7
     assert {"model", "ema", "optimizer", "random", "config", "training", "settings"} <= a.keys()
     assert equal(a, b), [k for k in a if not equal(a[k], b[k])]
