@@ -85,7 +85,7 @@ TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, l
                       views=1, guidance_scale=1.5)
 PRESETS = {
     "ar_toy": TOY,
-    "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.5),      # below 2 samples of a class repeat each other
+    "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),     # below 2 samples of a class repeat each other
     "ar_full": GeneratorConfig(),                                                       # LlamaGen-B: paper, Table 1
     "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),                     # LlamaGen-L
     # MaskGIT-UViT-L: paper, Table 2; sampled as TiTok-S-128
