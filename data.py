@@ -32,12 +32,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
-from trainer import ArgumentParser, BadInput, launch, write_atomically
+from trainer import ArgumentParser, BadInput, host_group, launch, write_atomically
 
 
 @functools.cache
@@ -48,8 +49,9 @@ def say(line):
 
 
 class Images:
-    """What every dataset has. A subclass sets the fields and writes `get`."""
-    name = where = split = fingerprint = ""     # fingerprint: a hash that changes when the images or their order do
+    """What every dataset has. A subclass sets the fields and writes `get`, and `skip` if files can be unreadable."""
+    # fingerprint: a hash that changes when the images or their order do, as far as is seen without reading all of them
+    name = where = split = fingerprint = ""
     classes: list[str]
     labels: np.ndarray              # int64 [n]
     border = 0                      # pixels on each side that are padding and not picture: scores leave them out
@@ -60,6 +62,11 @@ class Images:
 
     def __len__(self):
         return len(self.labels)
+
+    @property
+    def kind(self):
+        """What a resumed run must find again, wherever the files lie by then."""
+        return f"{type(self).__name__} of {len(self)} images in {len(self.classes)} classes"
 
     def get(self, index, rng=None):
         """Image `index`, uint8 [3, H, W]: one fixed view, or a random one drawn with `rng` where the data allows it."""
@@ -144,23 +151,32 @@ def has_fashion(folder):
 
 @functools.cache            # a failure takes seconds, and every run opens two splits
 def find_fashion():
-    """(folder, what was tried): on disk, else downloaded, else Debian's package; the folder is None if all fail."""
-    tried = []
-    for folder in FASHION_PLACES:
-        if has_fashion(folder):
-            return folder, tried
-        tried.append(f"{folder} (no idx files)")
-    for fetch in (fetch_fashion, install_fashion):
-        try:
-            return fetch(), tried
-        except BadInput as error:
-            tried.append(str(error).rstrip("."))
-    return None, tried
+    """(folder, what was tried): on disk, else downloaded, else Debian's package; the folder is None if all fail.
+
+    Under torchrun the first rank of each machine fetches and the others wait for it, then look on the disk only.
+    """
+    ranks, first, tried = dist.is_initialized(), os.environ.get("LOCAL_RANK", "0") == "0", []
+    if ranks and not first:
+        dist.barrier(host_group())
+    try:
+        for folder in FASHION_PLACES:
+            if has_fashion(folder):
+                return folder, tried
+            tried.append(f"{folder} (no idx files)")
+        for fetch in (fetch_fashion, install_fashion) if first else ():
+            try:
+                return fetch(), tried
+            except BadInput as error:
+                tried.append(str(error).rstrip("."))
+        return None, tried
+    finally:
+        if ranks and first:
+            dist.barrier(host_group())
 
 
 def fetch_fashion(folder=None, url=FASHION_URL, timeout=4):
-    """Download the four files that `folder` lacks and return it. A file appears there only when its checksum is right,
-    and under a temporary name until it is complete. Raises BadInput: no connection, truncated, wrong checksum."""
+    """Download those of the four files that `folder` lacks and return it. A file appears there only when its checksum is
+    right, and under a temporary name until it is complete. Raises BadInput: no connection, truncated, wrong checksum."""
     folder = Path(folder or FASHION_FOLDER)
     for name, sha256 in FASHION_SHA256.items():
         path, source = folder / f"{name}.gz", f"{url.rstrip('/')}/{name}.gz"
@@ -316,13 +332,16 @@ UNREADABLE = 0.01       # a larger share of broken files means that something el
 class Folder(Images):
     """`train/<class>/*` and `val/<class>/*`, or `<class>/*`, or bare images (one class). The last two are split by a
     hash of each file's name, so that a file stays in its split when others come or go. A file that cannot be read is
-    named once, and the next readable one of its class takes its place: which one depends on the files alone."""
+    named, and the next readable one of its class takes its place: which one depends on the files alone. More than 1 %
+    of such files (and more than one) end the run."""
 
     def __init__(self, folder, split, image_size, augment):
         self.name = self.where = str(folder)
         self.split, self.image_size, self.augment, self.unreadable = split, image_size, augment, {}
         folder = Path(folder)
-        parts = {path.name for path in folder.iterdir() if path.is_dir()}
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise BadInput(f"{folder}: may not be read by this user. Change its rights, or copy the images")
+        parts = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
         if {"train", "val"} <= parts:
             self.root, self.classes = folder / split, list_images(folder / "train")[0]
             files = list_images(self.root)[1]
@@ -369,7 +388,7 @@ class Folder(Images):
             count = len(self.unreadable)
             print(f"{self.root / self.files[index]}: skipped, cannot be read ({reason}); "
                   f"{count} of {len(self):,} so far", flush=True)
-            if count > UNREADABLE * len(self):
+            if count > max(1, UNREADABLE * len(self)):
                 raise BadInput(f"{self.root}: {count} of {len(self):,} files cannot be read, more than "
                                f"{UNREADABLE:.0%}. Mend or remove {self.files[index]} and the ones named above")
 
@@ -378,7 +397,8 @@ def list_images(folder):
     """(classes, [(class, relative name, size, time of change)]), both sorted. No class folders: one class, `images`."""
     found, loose = [], []
     for top in folder.iterdir():
-        for root, _, names in os.walk(top) if top.is_dir() else [(folder, [], [top.name])]:
+        for root, folders, names in os.walk(top) if top.is_dir() else [(folder, [], [top.name])]:
+            folders[:] = [name for name in folders if not name.startswith(".")]         # thumbnails and the like
             inside = Path(root).relative_to(folder).as_posix()
             for name in names:
                 if name.lower().endswith(ENDINGS) and not name.startswith(".") and not top.name.startswith("."):
@@ -393,7 +413,7 @@ def list_images(folder):
 
 
 def split_by_hash(files, split):
-    share = {file: zlib.crc32(file[1].encode()) / 2 ** 32 for file in files}
+    share = {file: zlib.crc32(os.fsencode(file[1])) / 2 ** 32 for file in files}
     held_out = {file for file in files if share[file] < HELD_OUT} or set(sorted(files, key=share.get)[:1])
     rest = [file for file in files if file not in held_out] or files        # one image only: it is in both
     return rest if split == "train" else sorted(held_out)
@@ -466,16 +486,17 @@ def open_dataset(name, split, image_size, augment=False):
 
 def row_order(n, batch_size, seed, step=0):
     """Endless (epochs [B], indices [B]) of the images of each step from `step` on. Every epoch is a permutation of all
-    n, seeded by (seed, epoch), less its incomplete last batch. Fewer images than a batch: several epochs make one."""
+    n, seeded by (seed, epoch), less its incomplete last batch. Where a batch needs more than n images, as many epochs
+    as it takes are joined to a block, and the block loses its incomplete last batch."""
     epochs = -(-batch_size // n)                        # in a block; 1 unless the set is tiny
     steps = epochs * n // batch_size                    # of a block
     block = None
-    for step in itertools.count(step):
-        if step // steps != block:
-            block = step // steps
+    for now in itertools.count(step):
+        if now // steps != block:
+            block = now // steps
             epoch = np.arange(block * epochs, (block + 1) * epochs)
             order = np.concatenate([np.random.default_rng([seed, e]).permutation(n) for e in epoch])
-        rows = slice(step % steps * batch_size, (step % steps + 1) * batch_size)
+        rows = slice(now % steps * batch_size, (now % steps + 1) * batch_size)
         yield epoch.repeat(n)[rows], order[rows]
 
 
@@ -501,7 +522,7 @@ def ignore_interrupts(worker):
 
 def read(dataset, rows, seed, workers):
     reader = Reader(dataset, seed)
-    if workers and not dataset.in_memory:       # own generator: else it would advance the run's random state
+    if workers and not dataset.in_memory:       # own generator: else DataLoader would draw from torch's, the run's
         source = DataLoader(reader, sampler=rows, batch_size=None, num_workers=workers, prefetch_factor=4,
                             generator=torch.Generator(), worker_init_fn=ignore_interrupts)
     else:
@@ -529,9 +550,9 @@ def batches(dataset, batch_size, seed, step=0, rank=0, world=1, workers=0):
 
 def all_images(dataset, batch_size, limit=None, workers=0, start=0):
     """Once through images start .. limit in order, fixed views: (images float32 [<=B, 3, H, W], labels int64). A broken
-    file shows the next of its class, so that rows stay rows."""
+    file shows the next of its class, so that row i is always image i."""
     indices = np.arange(len(dataset))[start:limit]
-    rows = [(indices[i:i + batch_size],) * 2 for i in range(0, len(indices), batch_size)]
+    rows = [(indices[i:i + batch_size],) * 2 for i in range(0, len(indices), batch_size)]      # epochs are unused
     return read(dataset, rows, None, workers)
 
 
@@ -543,7 +564,8 @@ def token_cache(tokenizer, dataset, path, fingerprint, views=1, batch_size=64, d
     """Codes of the whole dataset, from `path` if they are there, else extracted (and continued, if that was cut short).
 
     tokenizer: has .encode(images) -> int64 [B, L] or [B, h, w]; fingerprint: a string that names its weights; views 2:
-    also of the flipped images (paper, F.1). Returns (codes [views, n, L], uint16 and memory-mapped; labels int64 [n]).
+    also of the flipped images (NativeTok, appendix F.1). Returns (codes [views, n, L], memory-mapped uint16, or uint32
+    with more than 65,536 codes; labels int64 [n]).
     Beside `path` lies a .json that says what the codes were made of and how many rows are done, with their checksum:
     codes of another tokenizer or of other data, or damaged ones, are made anew.
     """
@@ -604,7 +626,7 @@ def rows_done(path, note, made_of, n):
             codes, done = np.load(path, mmap_mode="r"), state["done"]
             if codes.shape[1] == n and 0 < done <= n and checksum_rows(codes[:, :done]) == state["checksum"]:
                 return done, state["checksum"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError):
         pass
     say(f"{path}: {why}; the codes are extracted anew")
     try:

@@ -6,11 +6,14 @@
 
 Protocol: 10,000 test images (--images; all where the data has fewer), without their border of padding; 2,500 samples
 (--samples), with the same balance of classes. PSNR is the mean of the images' PSNR. Accuracy and the Frechet distance
-(FD) come from a small classifier that is trained here, on the data's own training split, and that no stage was trained
-against. It is called FD-classifier: it is not FID, and its values mean nothing beside values on other data.
-What is measured is kept in <out>/measured.json with what it was measured on, so that a second report takes seconds.
+(FD) come from a small network that is trained here to name the classes of the data's own training split, and that no
+stage was trained against. That distance is printed as FD-classifier: it is not FID, and its values mean nothing beside
+values on other data. "Test images" are the data's split val.
+What is measured is kept in <out>/measured.json with what it was measured on (data, number of images, seed, checkpoints,
+the source files), so that a second report takes seconds.
 
-Letters: B batch, H W pixels, n images of a set, L tokens, K codes in the codebook, D features.
+Letters: B batch, H W pixels, n images of a set, L tokens, K codes in a codebook (the tokenizer's or the VQGAN's own),
+D features.
 Images are float32 [B, 3, H, W] in [0, 1], codes int64 [B, L], labels int64 [B].
 """
 import functools
@@ -79,8 +82,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real)
 
 
-# Inception's FID, Inception Score, precision and recall belong here: a network like FDClassifier below, with a reference
-# of its own in Bench, a key in score() and a column in score_table().
+# Inception's FID, Inception Score, precision and recall belong here: a network like FDClassifier below, with a
+# reference of its own in Bench, a key in score(), a column in score_table(), a line in protocol() and in report().
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ class Bench:
 
     def __init__(self, args, image_size):
         self.out, self.seed = args.out, args.seed
-        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = args.device
         self.train, self.test = (data.open_dataset(args.data, split, image_size) for split in ("train", "val"))
         self.side = image_size - 2 * self.test.border                       # pixels of the picture that is scored
         self.indices = subset(self.test, args.images)
@@ -221,7 +224,7 @@ class Bench:
 
     @torch.inference_mode()
     def encode(self, model):
-        """The codes of the test images, [n, L] or [n, h, w]. Once for stages 1 and 2, which give the same."""
+        """The codes of the test images, [n, L] or [n, h, w]. Once for stages 1 and 2: only their decoders differ."""
         key = codes_fingerprint(model)
         if key not in self.codes:
             batches = bar(self.images(self.test), "codes")
@@ -243,7 +246,7 @@ class Bench:
 
 
 def measure_data(bench):
-    """What is best possible: the classifier on the test images themselves, and the FD of training to test images."""
+    """What to compare with: the classifier on the test images themselves, and the FD of training to test images."""
     accuracy = bench.classifier_and_accuracy[1]
     print(f"FD-classifier: accuracy {accuracy:.3f} on the test images"
           + (". There is one class only, so that accuracy means nothing" if len(bench.test.classes) == 1 else ""))
@@ -278,6 +281,7 @@ def measure_samples(bench, path, tokenizer_path, picture):
     "repeats": how many of the first 100 samples of a class have the codes of an earlier one, summed over classes.
     """
     generator, tokenizer = load_pair(bench, path, tokenizer_path)
+    # half a batch, since guidance doubles it
     codes = sample_codes(generator, bench.sample_labels, bench.seed, BATCH // 2)                        # [samples, L]
     of_class = [codes[bench.sample_labels == label][:100] for label in bench.sample_labels.unique()]
     columns = min(10, *map(len, of_class[:20]))
@@ -300,7 +304,7 @@ def load_pair(bench, path, tokenizer_path):
 
 @torch.inference_mode()
 def measure_order(bench, ar_path, tokenizer_path, picture):
-    """The two curves that show that the tokens have an order.
+    """Two curves that would show that the tokens have an order.
 
     bits: mean -log2 p(code_i | class, codes before it) under the AR generator, on the test images' codes; unigram: the
     entropy of code_i alone in them, which is what a generator without context could reach. mse, psnr: reconstructions
@@ -310,6 +314,7 @@ def measure_order(bench, ar_path, tokenizer_path, picture):
     codes, border = bench.encode(tokenizer), bench.test.border                                          # [n, L]
     bits = []
     for batch, labels in zip(bar(codes.split(BATCH), "bits a token"), bench.labels.split(BATCH)):
+        # position i of the logits has read the class and codes[:, :i]
         logits = ar(batch.to(bench.device), labels.to(bench.device)).float()                            # [B, L, K]
         bits.append(F.cross_entropy(logits.transpose(1, 2), batch.to(bench.device), reduction="none") / math.log(2))
     unigram = [math.log2(codebook_use(column, ar.config.codebook_size)[1]) for column in codes.T]
@@ -466,7 +471,8 @@ def stamp(path):
 
 
 def stage_files(out, model, tokens):
-    """({stage: file}, {stage: the command that makes it})."""
+    """({stage: file}, {stage: the command that makes it}). "half" is the tokenizer of L / 2 tokens that hnt.py grew
+    into that of L, "stage1"."""
     name = f"{model}_{tokens}"
     tokenizer = "" if model == "nativetok" else f" --tokenizer {out / name}_stage2.pt"
     grown = "python hnt.py" if model == "nativetok" else f"python tokenizer.py --model {model}"
@@ -539,7 +545,7 @@ def protocol(bench):
 
 def machine(device):
     """The machine in words: GPU, or CPU and cores."""
-    if device.startswith("cuda"):
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*: (.*)", cpu)
@@ -576,7 +582,8 @@ def report(args, bench, notebook, files, name, seed):
     order = notebook("order", [files["ar"], files["stage2"]],
                      lambda: measure_order(bench, files["ar"], files["stage2"], out / "order.png"), out / "order.png")
     has_losses = draw_losses(files, out / "losses.png")
-    seconds, where = seconds_of(files, notebook), notebook("machine", [], lambda: machine(bench.device))
+    seconds = seconds_of(files, notebook)
+    where = notebook("machine", [], lambda: f"{machine(bench.device)}; torch {torch.__version__}")    # that measured
     log = trainer.read_log(files["stage1"].with_suffix(".jsonl"))
     ratio = log[-1].get("step_ratio") if log else None                      # None: not grown, but trained at once
 
@@ -605,8 +612,8 @@ def report(args, bench, notebook, files, name, seed):
     text = f"""# {name}, {args.config}: report
 
 Data: {bench.test.name} ({kind}), {len(bench.train):,} training and {len(bench.test):,} test images,
-{bench.test.image_size}x{bench.test.image_size}. Machine: {where}; torch {torch.__version__}.
-Training seed {seed}, sampling seed {bench.seed}.
+{bench.test.image_size}x{bench.test.image_size}. Machine: {where}.
+Seed of stage 0 {seed}, of the samples {bench.seed}.
 
 | seconds | {times[0]} | all |
 | --- | {times[1]} | ---: |
@@ -682,7 +689,7 @@ def speed(device, rounds=7):
                 mocet.zero_grad()
                 started = time.perf_counter()
                 form(x_latent).square().mean().backward()
-                if device.startswith("cuda"):
+                if device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds[name] += [time.perf_counter() - started] if i else []
         plain, fast = (statistics.median(seconds[name]) for name in ("plain", "fast"))
@@ -707,7 +714,7 @@ def main():
     parser.add_argument("--device", help="cpu or cuda; default: cuda where present")
     args = trainer.parse(parser)
     if args.what == "speed":
-        return speed(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return speed(args.device)
     tokens = args.tokens or PRESETS[args.config].tokens
     if tokens < 1 or min(args.images, args.samples) < 2:
         raise BadInput(f"--tokens {tokens} --images {args.images} --samples {args.samples}: at least 1 token, 2 images "

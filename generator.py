@@ -1,13 +1,13 @@
 """Stage 3: a generator learns which codes follow which, and a sampled code sequence becomes a new image.
 
-    python generator.py --mode ar                       # train on the codes of out/<config>'s newest tokenizer
+    python generator.py --mode ar                       # train on the codes of out/<config>'s NativeTok (--tokens)
     python generator.py --mode maskgit                  # the same with the other generator
     python generator.py --mode ar --sample 64 --classes 3,bag --seed 1 --guidance_scale 2     # only pictures, please
     python generator.py --mode ar --tokenizer out/toy/vqgan.pt      # any tokenizer; here the 2-D VQGAN (Table 1, row 1)
 
 Both generators know nothing of images: they model p(codes | class), where codes are L numbers below K.
 - AR (LlamaGen): p(code_0 | class) p(code_1 | class, code_0) ...: one code after the other, in the sequence's order.
-  NativeTok's tokenizer made code i from the image and the codes before it, so that this order is the natural one.
+  NativeTok's tokenizer made token i from the image and the tokens before it, so that this order is the natural one.
 - MaskGIT (U-ViT): guesses all hidden codes at once, keeps those it is surest of, hides the rest and guesses again.
 Both also learn p(codes) without a class, for classifier-free guidance: logits move away from those without a class.
 What trains here: all of the generator. The tokenizer is frozen; its codes of all images are extracted once.
@@ -20,7 +20,6 @@ import math
 import re
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +43,7 @@ SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_step
 @dataclass(frozen=True)
 class GeneratorConfig:
     mode: str = "ar"                # ar: one code after the other; maskgit: many at once
-    tokens: int = 32                # L; chooses the default tokenizer, and is read off it
+    tokens: int = 32                # L; picks the tokenizer's file in --out; with --tokenizer it is that one's
     codebook_size: int = 4096       # K; read off the tokenizer
     num_classes: int = 1000         # read off the data
     width: int = 768                # D
@@ -57,7 +56,7 @@ class GeneratorConfig:
     label_smoothing: float = 0.1    # MaskGIT
     unmasked_weight: float = 0.1    # MaskGIT: weight of the codes it can see, beside 1 for hidden ones
     guidance_scale: float = 2.0     # sampling: 1 is without guidance
-    guidance: str = "constant"      # sampling, MaskGIT: constant, linear or power-cosine over the steps
+    guidance: str = "constant"      # sampling, MaskGIT alone: constant, linear or power-cosine over the steps
     temperature: float = 1.0        # sampling: of the softmax (AR), or of the noise, falling to 0 (MaskGIT)
     top_k: int = 0                  # sampling, AR: only the k likeliest codes; 0: all
     sampling_steps: int = 8         # sampling, MaskGIT: forward passes
@@ -85,7 +84,7 @@ TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, l
                       views=1, guidance_scale=1.5)
 PRESETS = {
     "ar_toy": TOY,
-    "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),     # below 2 samples of a class repeat each other
+    "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),     # at 1 the samples of a class repeat each other
     "ar_full": GeneratorConfig(),                                                       # LlamaGen-B: paper, Table 1
     "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),                     # LlamaGen-L
     # MaskGIT-UViT-L: paper, Table 2; sampled as TiTok-S-128
@@ -111,7 +110,8 @@ def noise(count, shape, generator, device):
     """Uniform numbers in (0, 1], [count, *shape].
 
     Each sample takes one number from `generator` (None: torch's own) and makes all its noise from that alone. So sample
-    j of a seed is the same whether it is drawn in one batch with the others or in many, one after the other.
+    j of a seed is the same whether it is drawn in one batch with the others or in many, one after the other (as far as
+    the network's own rounding does not depend on the batch).
     """
     where = generator.device if generator is not None else "cpu"
     seeds = torch.randint(2 ** 62, (count,), generator=generator, device=where).tolist()
@@ -121,8 +121,9 @@ def noise(count, shape, generator, device):
 def sample(logits, temperature, uniform):
     """Codes [...] drawn from softmax(logits / temperature): logits [..., K], uniform [...] in (0, 1].
 
-    The code at which the summed probabilities reach the uniform number; at temperature 0 the likeliest code. It has the
-    distribution of argmax(logits + temperature * Gumbel noise), MaskGIT's way, for one random number instead of K.
+    The code at which the summed probabilities reach the uniform number times their total, which rounding leaves at
+    not quite 1; at temperature 0 the likeliest code. It has the distribution of argmax(logits + temperature * Gumbel
+    noise), MaskGIT's way, for one random number instead of K.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -140,12 +141,13 @@ def guide(logits, scale):
 # AR: LlamaGen (arXiv 2406.06525). Attribute names are those of the public weights: these load without a table of names
 
 def rotary(length, head_width, kind, device):
-    """How far each position turns each pair of channels: complex [T, D/h/2], position 0 being the class token.
+    """How far each position turns each pair of channels: complex [T, D/h/2]. Row 0 is the class token's, row 1 + i that
+    of code i, which is turned by i.
 
     The class token's numbers are zero, not one: its query and key vanish, and later positions give it the logit 0.
     LlamaGen was trained so. 2d: the first half of the pairs turns by the code's row, the second half by its column.
     """
-    position = torch.arange(length - 1, device=device)                                 # the first code has position 0
+    position = torch.arange(length - 1, device=device)                                 # of the codes: the first has 0
     parts = [position] if kind == "1d" else [position // math.isqrt(length), position % math.isqrt(length)]
     pairs = head_width // 2 // len(parts)
     speed = 10_000.0 ** (-torch.arange(pairs, device=device) / pairs)
@@ -229,8 +231,8 @@ class ARGenerator(nn.Module):
 
     @torch.no_grad()
     def generate_plain(self, labels, guidance_scale=1.0, temperature=1.0, top_k=0, generator=None):
-        """labels int64 [B] -> codes int64 [B, L]. The plain version: all from the start for every code, and guidance in
-        a second pass. `generate` gives the same codes, faster."""
+        """labels int64 [B] -> codes int64 [B, L]. The plain version: the whole sequence is computed again for every
+        code, and guidance in a second pass. `generate` gives the same codes, faster."""
         device, tokens = self.output.weight.device, self.config.tokens
         uniform = noise(len(labels), (tokens,), generator, device)                     # [B, L]
         codes = torch.zeros(len(labels), tokens, dtype=torch.int64, device=device)    # nobody reads codes not yet drawn
@@ -348,7 +350,8 @@ class MaskGITGenerator(nn.Module):
             power-cosine    1 + (guidance_scale - 1) * (1 - cos(pi * r^3)) / 2
         TiTok publishes numbers for with class + s * (with class - without): its 4.5 constant or linear is 5.5 here. Its
         power-cosine numbers are the same here. temperature: step t has noise of temperature * (1 - (t + 1) /
-        steps), which is 0 at the last. It is in the choice of each code and in which codes are kept. generator: see `noise`.
+        steps), which is 0 at the last. It is in the choice of each code and in which codes are kept. generator: see
+        `noise`.
         """
         trainer.choose("guidance", guidance, GUIDANCE)
         device, tokens = self.pos_embed.device, self.config.tokens
@@ -362,7 +365,7 @@ class MaskGITGenerator(nn.Module):
             heat = temperature * (1 - (t + 1) / steps)
             guess = sample(logits, heat, uniform[:, t, 0])                             # [B, L]
             gumbel = -torch.log(-torch.log(uniform[:, t, 1].clamp(max=1 - 1e-6)))      # [B, L]
-            sure = logits.gather(-1, guess[..., None])[..., 0] + heat * gumbel         # [B, L]
+            sure = logits.gather(-1, guess[..., None])[..., 0] + heat * gumbel         # [B, L], by logit, as TiTok
             hidden = codes == self.mask
             codes = torch.where(hidden, guess, codes)
             sure = sure.masked_fill(~hidden, math.inf)                                 # what is fixed stays fixed
@@ -493,7 +496,7 @@ def sample_codes(model, labels, seed=0, batch_size=500, **changes):
 
 
 class RasterVQGAN(nn.Module):
-    """A VQGAN as if it were a 1-D tokenizer: its h x h grid of codes row by row, L = h * h."""
+    """A VQGAN as if it were a 1-D tokenizer: its G x G grid of codes row by row, L = G * G."""
 
     def __init__(self, vqgan):
         super().__init__()
@@ -513,7 +516,8 @@ def codes_name(tokenizer_path):
 
 
 def codes_fingerprint(tokenizer):
-    """Changes with whatever decides the codes, and not with what paints them."""
+    """Changes with whatever decides the codes, and not with what paints them. What starts with one of the names below
+    is left out; a tokenizer with other names for its decoder must be listed here."""
     return trainer.fingerprint(tokenizer, leave_out=("decoder.", "pixel_", "vqgan.decoder.", "quantizer.usage",
                                                      "vqgan.quantize.usage"))
 
@@ -556,8 +560,8 @@ def extract_codes(run, tokenizer, fingerprint, dataset, path):
     """(codes uint16 [views, n, L], labels int64 [n]) of all images, made by the first rank if not there yet."""
     how = {"views": run.config.views, "workers": run.training.workers, "codebook": run.config.codebook_size}
     made = data.token_cache(tokenizer, dataset, path, fingerprint, device=run.device, **how) if run.main else None
-    if run.world > 1:       # hours at full size, and NCCL's own barrier gives up after ten minutes
-        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    if run.world > 1:
+        dist.barrier(trainer.host_group())
     return made or data.token_cache(tokenizer, dataset, path, fingerprint, device=run.device, **how)
 
 
@@ -570,7 +574,7 @@ def train(args, config, training, tokenizer_path):
         if getattr(args, name, value) != value:
             raise BadInput(f"--{name} {getattr(args, name)}: {tokenizer_path} and the data have {value}. Leave it out")
     config = replace(config, **found)
-    run = trainer.Run(args, config.mode, f"{config.mode}_{codes_name(tokenizer_path)}", config, training)
+    run = trainer.Run(args, config.mode, f"{config.mode}_{codes_name(tokenizer_path)}", config, training, SAMPLING)
 
     model = GENERATORS[config.mode](config).to(run.device)
     parallel, loss_function = run.parallel(model), LOSSES[config.mode]
@@ -640,9 +644,8 @@ def find_classes(text, names):
 
 def sample_pictures(args, tokenizer_path, path):
     """The --sample flag: args.sample pictures as one grid, or with --separate as files in a folder."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_generator(path, device)
-    tokenizer = open_tokenizer(tokenizer_path, device)
+    model = load_generator(path, args.device)
+    tokenizer = open_tokenizer(tokenizer_path, args.device)
     if model.about["fingerprint"] != codes_fingerprint(tokenizer):
         raise BadInput(f"{path}: {tokenizer_path} is not what this was trained on, so its codes mean something else. "
                        f"Train it again: python generator.py --mode {model.config.mode} --overwrite")
@@ -658,7 +661,7 @@ def sample_pictures(args, tokenizer_path, path):
     if output.exists() and not args.overwrite and (args.output or args.separate):
         raise BadInput(f"{output}: exists. Replace it with --overwrite, or choose another --output")
     changes = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
-    images = decode(tokenizer, sample_codes(model, labels, args.seed, **changes), device)
+    images = decode(tokenizer, sample_codes(model, labels, args.seed, **changes), args.device)
     if args.separate:
         for i, (image, label) in enumerate(zip(images, labels.tolist())):
             name = f"{i:05d}_{re.sub(r'[^a-z0-9]+', '-', names[label].lower())}.png"

@@ -2,30 +2,30 @@
 
     python tokenizer.py --tokens 8      # first a short one, all of it
     python hnt.py --tokens 16           # then this: toy 8 -> 16
-    torchrun --nproc_per_node=4 hnt.py --tokens 64      # full: 32 -> 64, and again with --tokens 128
+    torchrun --nproc_per_node=4 hnt.py --tokens 64      # full (what runs on CUDA): 32 -> 64; again with --tokens 128
 
 NativeTok in one breath (tokenizer.py has it in full): the Meta Image Transformer (MIT) reads the image once, X_latent;
 expert i, a small transformer, reads X_latent, the tokens z_0 .. z_{i-1} and a pad token, and what comes out for the pad
 is kept: z_i. One linear layer (to_code) and a quantizer make z_i a code; the token decoder reads all codes.
 
 Experts are independent modules, and none reads what a later one writes. So a NativeTok of 16 tokens can keep the first
-8 experts of a trained one as they are: their tokens come out the same, to the bit. Growing is surgery on the state
-dict (`grow`): MIT and experts 0 .. 7 are kept, expert 8 + j starts as a copy of expert j. Then
+8 experts of a trained one as they are: as long as these are frozen, their tokens come out the same, to the bit. Growing
+is surgery on the state dict (`grow`): MIT and experts 0 .. 7 are kept, expert 8 + j starts as a copy of expert j. Then
 
     for 90 % of the steps   new experts and token decoder train;
                             MIT, old experts, pad token, to_code and quantizer are frozen
     for the last 10 %       everything trains
 
-Frozen modules get no gradient; MIT and the old experts, whose inputs need none either, build no graph at all: torch
-records nothing where neither parameters nor inputs need a gradient. So a frozen step is cheaper (the paper: 1.15 s
-instead of 1.53 s); this script measures and prints by how much.
+Frozen modules get no gradient (to_code and quantizer still pass one on to the new experts). MIT and the old experts,
+whose inputs need none either, build no graph at all: torch records nothing where neither parameters nor inputs need a
+gradient. So a frozen step is cheaper (the paper: 1.15 s instead of 1.53 s); this script measures by how much.
 
 --strategy (Table 3b):  full             random weights, everything trains: what HNT is compared with
-                                         (of the source it takes the sizes and the VQGAN's decoder)
-                        reuse            grow, and stay frozen to the end
+                                         (of the source it takes the sizes and the VQGAN's part, pixel_*)
+                        reuse            grow; MIT and old experts stay frozen to the end
                         reuse+finetune   grow, 90 % frozen, then everything (default)
 
-Letters as in tokenizer.py: B batch, H W pixels, G side of the VQGAN's grid, L tokens, D width of the decoder.
+Letters as in tokenizer.py: B batch, H W pixels, L tokens, D width of the decoder, c length of a code vector.
 """
 import copy
 import re
@@ -41,7 +41,7 @@ import data
 import tokenizer
 import trainer
 import vqgan
-from tokenizer import NativeTok, Stage1, TokenizerConfig
+from tokenizer import NativeTok, Stage1
 from trainer import BadInput, TrainConfig
 
 STRATEGIES = ("full", "reuse", "reuse+finetune")
@@ -141,9 +141,9 @@ def train(args):
     suffix = "" if args.strategy == "reuse+finetune" else f"_{args.strategy}"
     frozen_steps = {"full": 0, "reuse": training.steps, "reuse+finetune": int(FROZEN_SHARE * training.steps)}
     frozen_steps = frozen_steps[args.strategy]
-    run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config, training, reused=reused,
-                      strategy=args.strategy, frozen_steps=frozen_steps)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
+    run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config, training, reused=reused,
+                      strategy=args.strategy, frozen_steps=frozen_steps, data=train_set.kind)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
 
     teacher = teacher.to(run.device).requires_grad_(False)
@@ -155,7 +155,7 @@ def train(args):
 
     sample = [torch.from_numpy(train_set.get(i)) for i in range(min(run.piece // run.world, len(train_set)))]
     ratio = step_ratio(run, model, reused, teacher, torch.stack(sample).to(run.device) / 255)     # [B, 3, H, W]
-    # <=: the checkpoint of the last frozen step still holds the frozen part's optimizer
+    # <=: the checkpoint at exactly frozen_steps was saved before the switch below, with the optimizer of what trained
     frozen = frozen_steps > 0 and run.step <= frozen_steps
     if frozen:
         freeze_reused(model, reused)
@@ -164,7 +164,7 @@ def train(args):
     ema = trainer.Ema(model, training.ema)
     run.track(model=model, optimizer=optimizer, ema=ema)
     run.say(f"{source_path}: {reused} tokens, grown to {tokens}; {args.strategy}: frozen for the first {frozen_steps} "
-            f"of {training.steps} steps. A frozen step takes {ratio:.2f} times as long as a full one")
+            f"of {training.steps} steps. A frozen forward and backward takes {ratio:.2f} times as long as a full one")
     batches = data.batches(train_set, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world,
                            training.workers)
 
@@ -177,10 +177,11 @@ def train(args):
             run.track(optimizer=optimizer)
         run.set_learning_rate(optimizer, step)
         optimizer.zero_grad()
-        loss, parts, z, codes = tokenizer.stage1_gradients(run, stage, teacher, batches)
+        # latents [B, L, c], codes [B, L]
+        loss, parts, latents, codes = tokenizer.stage1_gradients(run, stage, teacher, batches)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
-        model.quantizer.track_usage(z, codes)   # counted, never revived: moving a code would change the old tokens
+        model.quantizer.track_usage(latents, codes)     # counted; never revived, which would change the old tokens
         ema.update(model)
         run.log(step, loss=loss, grad_norm=grad_norm, **parts, **model.quantizer.use(), frozen=float(frozen),
                 step_ratio=ratio)

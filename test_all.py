@@ -416,7 +416,7 @@ STAGES = {      # what each stage's checkpoint is called, and its command withou
     "vqgan": "python vqgan.py",
     "nativetok_3": "python tokenizer.py --tokens 3",
     "nativetok_4": "python hnt.py --tokens 4",
-    "nativetok_4_stage2": "python tokenizer.py --tokens 4 --stage 2 --gan_start 2 --discriminator_first 3",
+    "nativetok_4_stage2": "python tokenizer.py --tokens 4 --stage 2 --gan_start 0 --discriminator_first 3",
     "ar_nativetok_4": "python generator.py --tokens 4 --mode ar",
     "maskgit_nativetok_4": "python generator.py --tokens 4 --mode maskgit",
 }

@@ -1,10 +1,10 @@
 """Stages 1 and 2: NativeTok turns an image into a short ordered sequence of codes, and back; TiTok for comparison.
 
-    python tokenizer.py --tokens 8                    # stage 1 (toy): predict the VQGAN's codes from 8 codes
+    python tokenizer.py --tokens 8                    # stage 1, toy (what runs without a GPU): 8 codes an image
     python tokenizer.py --tokens 16 --stage 2         # stage 2: fine-tune what turns codes into pixels
     python tokenizer.py --tokens 16 --model titok     # the baseline; at 16 tokens with equal parameters
     python tokenizer.py --reconstruct a.png b.jpg     # original beside reconstruction, and the codes
-    torchrun --nproc_per_node=4 tokenizer.py --tokens 128     # full size, 4 GPUs
+    torchrun --nproc_per_node=4 tokenizer.py --tokens 128     # full (what runs where CUDA is present), 4 GPUs
 
 The idea. An image is read once by a transformer (the Meta Image Transformer, MIT); its result X_latent is locked: all
 experts read the same and none changes it. Then L small transformers, the experts (MoCET), write one token each, in
@@ -12,16 +12,18 @@ order: expert i sees X_latent and the tokens z_0 .. z_{i-1} that are already wri
 depend on a later one, and what a generator has to learn afterwards, p(z_i | z_0 .. z_{i-1}), is how the tokens were
 made in the first place.
 
-    image -> MIT -> X_latent -> experts 0 .. L-1 -> z [L vectors] -> quantizer -> codes [L numbers]
-    codes -> token decoder -> a VQGAN code for every grid cell -> VQGAN decoder -> image
+    image -> MIT -> X_latent -> experts 0 .. L-1 -> z [L x d] -> to_code [L x c] -> quantizer -> codes [L]
+    codes -> code vectors [L x c] -> token decoder -> a VQGAN code for every grid cell -> VQGAN decoder -> image
 
-What trains. Stage 1: MIT, experts, quantizer and token decoder, by cross-entropy against the codes that the frozen
-VQGAN (vqgan.py) gives the image. Stage 2: the token decoder and the VQGAN's pixel decoder, on the pixels; everything
+What trains. Stage 1: MIT, experts, to_code, quantizer and token decoder, by cross-entropy against the codes that the
+frozen VQGAN (vqgan.py) gives the image, plus the quantizer's own loss. Stage 2: the token decoder and the VQGAN's
+pixel decoder (the painters), on the pixels, and beside them a discriminator that is thrown away afterwards; everything
 that decides the codes is frozen, so that generators trained on the codes stay valid. (hnt.py: from L to more tokens.)
 
+A code is a number 0 .. K-1; its code vector, a row of the codebook, has c entries.
 Letters: B batch, H W pixels, P patches the MIT sees, L tokens, D width of MIT and decoder, d width of the experts,
-c numbers in a code, K codes, G side of the VQGAN's grid, V codes of the VQGAN and C numbers in each, h heads, T a
-sequence's length.
+c length of a code vector, K codes, G side of the VQGAN's grid, V codes of the VQGAN and C entries of their vectors,
+h heads, T a sequence's length.
 Images are float32 [B, 3, H, W] in [0, 1]. Section and equation numbers are the paper's.
 """
 from dataclasses import asdict, dataclass, field, replace
@@ -52,7 +54,7 @@ class TokenizerConfig:
     expert_width: int = 256             # d
     expert_layers: int = 2              # 2: the only depth that gives the paper's parameter counts
     expert_heads: int = 4               # of each expert
-    code_dim: int = 12                  # c: numbers in a code
+    code_dim: int = 12                  # c: length of a code vector
     codebook_size: int = 4096           # K
     revive_below: float = 0.0           # revive codes used less than this share of the average; 0: never
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)     # whose codes are predicted; read off vqgan.pt
@@ -110,14 +112,16 @@ class Stage2Config:
     lecam_weight: float = 0.001         # LeCam regularization of the discriminator
     discriminator: str = "patch"        # patch: TiTok's; features: heads on the perceptual network small, for few steps
     discriminator_rate: float = 1.0     # its learning rate / the painters'
-    discriminator_first: int = 0        # steps at the start in which it learns alone, so that its first word has sense
+    discriminator_first: int = 0        # steps at the start in which only it learns; needs gan_start 0
     discriminator_beta1: float = 0.9    # its AdamW: momentum
     discriminator_beta2: float = 0.999  # its AdamW: second moment
-    sharpen: float = 1.0                # scale the first logits by this: a mean of many likely codes paints a blur
+    sharpen: float = 1.0                # multiply the decoder's logits by this at the start: see README, choices
 
     def __post_init__(self):
         trainer.choose("--perceptual", self.perceptual, ("small", "convnext", "none"))
         trainer.choose("--discriminator", self.discriminator, ("patch", "features"))
+        if self.discriminator_first and self.gan_start:
+            raise BadInput(f"--discriminator_first {self.discriminator_first}: needs --gan_start 0, or nobody learns")
         if self.discriminator == "features" and self.perceptual != "small":
             raise BadInput(f"--discriminator features: needs --perceptual small, not {self.perceptual}. Use patch")
 
@@ -144,7 +148,7 @@ class Block(nn.Module):
 
     def attend(self, q, k, v, mask=None):
         """q [B, Tq, D] over k, v [B, T, D] -> [B, Tq, D]."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))    # [B, h, T, D/h]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))    # [B, h, Tq or T, D/h]
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
     def forward(self, x, mask=None):
@@ -297,7 +301,8 @@ class NativeTok(nn.Module):
         super().__init__()
         self.config = config
         self.make_encoder(config)
-        # Another quantizer goes here. It needs q(z) -> (z_q, loss, codes), codes(z), lookup(codes), track_usage, use.
+        # Another quantizer goes here, with the methods of vqgan.VectorQuantizer: q(z) -> (z_q with z's gradient, loss,
+        # codes), codes(z), lookup(codes), track_usage(z, codes, revive_below), use() -> {name: value} for the log.
         self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim, l2_norm=True)      # as TiTok's
         self.decoder = TokenDecoder(config)
         # The VQGAN's codebook and decoder travel in the tokenizer's file, since stage 2 changes the decoder.
@@ -414,23 +419,25 @@ class Stage1(nn.Module):
         self.model = model
 
     def forward(self, images, targets):
-        """images [B, 3, H, W]; targets: the VQGAN's codes [B, G*G] -> loss, its parts, z [B, L, c], codes [B, L]."""
-        z = self.model.latents(images)                                      # [B, L, c]
-        z_q, quantizer_loss, codes = self.model.quantizer(z)
+        """images [B, 3, H, W]; targets: the VQGAN's codes [B, G*G] -> loss, its parts, latents [B, L, c], codes [B, L].
+        """
+        latents = self.model.latents(images)                                # [B, L, c]
+        z_q, quantizer_loss, codes = self.model.quantizer(latents)
         logits = self.model.decoder(z_q)                                    # [B, G*G, V]
         cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        return cross_entropy + quantizer_loss, {"cross_entropy": cross_entropy, "quantizer": quantizer_loss}, z, codes
+        parts = {"cross_entropy": cross_entropy, "quantizer": quantizer_loss}
+        return cross_entropy + quantizer_loss, parts, latents, codes
 
 
 def stage1_gradients(run, stage, teacher, batches):
     """Forward and backward of one step's batch; the codes to predict come from the frozen VQGAN, the teacher."""
     seen = []
     for images, _ in run.pieces(batches, stage):                            # [B, 3, H, W]
+        targets = teacher.encode(images).flatten(1)                         # [B, G*G]; not in bfloat16: labels
         with run.autocast():
-            targets = teacher.encode(images).flatten(1)                     # [B, G*G]
-            loss, parts, z, codes = stage(images, targets)
+            loss, parts, latents, codes = stage(images, targets)
         (loss / run.training.accumulate).backward()
-        seen.append((z.detach(), codes))
+        seen.append((latents.detach(), codes))
     return loss, parts, *(torch.cat(tensors) for tensors in zip(*seen))     # loss and parts: of the last piece
 
 
@@ -445,8 +452,8 @@ def train_stage1(args):
     config, training = trainer.override(PRESETS[preset], args), trainer.override(TRAINING[args.config, 1], args)
     teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt")
     config = replace(config, vqgan=teacher.config)
-    run = trainer.Run(args, "tokenizer", checkpoint_name(config), config, training)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
+    run = trainer.Run(args, "tokenizer", checkpoint_name(config), config, training, data=train_set.kind)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
 
     teacher = teacher.to(run.device).requires_grad_(False)
@@ -455,20 +462,20 @@ def train_stage1(args):
     model.pixel_decoder.load_state_dict(teacher.decoder.state_dict())
     model = model.to(run.device)
     stage = run.parallel(Stage1(model))
-    optimizer = run.adamw(model.parameters())           # all but the VQGAN's codebook and decoder, which are frozen
+    optimizer = run.adamw(model.parameters())           # it takes what requires a gradient: all but the VQGAN's part
     ema = trainer.Ema(model, training.ema)
-    run.track(model=model, optimizer=optimizer, ema=ema)
+    run.track(model=model, optimizer=optimizer, ema=ema)        # saved in each checkpoint; --resume: loaded here
     batches = data.batches(train_set, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world,
                            training.workers)
 
     for step in run.steps():
         run.set_learning_rate(optimizer, step)
         optimizer.zero_grad()
-        loss, parts, z, codes = stage1_gradients(run, stage, teacher, batches)
+        loss, parts, latents, codes = stage1_gradients(run, stage, teacher, batches)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
         # no revival in the last fifth: the averaged weights need time to follow a moved code
-        model.quantizer.track_usage(z, codes, config.revive_below if step < 0.8 * training.steps else 0.0)
+        model.quantizer.track_usage(latents, codes, config.revive_below if step < 0.8 * training.steps else 0.0)
         ema.update(model)
         run.log(step, loss=loss, grad_norm=grad_norm, **parts, **model.quantizer.use())
         if run.preview(step):
@@ -487,7 +494,7 @@ class Stage2(nn.Module):
 
     def forward(self, images, discriminator=None):
         """images [B, 3, H, W]; discriminator None before gan_start -> loss, its parts, reconstruction [B, 3, H, W]."""
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):    # frozen; the codes as in use
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):    # float32, as encode() in use
             z_q = self.model.quantizer.lookup(self.model.encode(images))    # [B, L, c]
         reconstruction = self.model.paint(self.model.decoder(z_q))          # [B, 3, H, W]
         parts = {"l2": F.mse_loss(reconstruction, images)}
@@ -519,13 +526,14 @@ def train_stage2(args):
     model = load_tokenizer(source)
     config, training = model.config, trainer.override(TRAINING[args.config, 2], args)
     weights = trainer.override(STAGE2[args.config], args)
-    run = trainer.Run(args, "tokenizer", checkpoint_name(config, stage=2), config, training, losses=asdict(weights))
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
+    run = trainer.Run(args, "tokenizer", checkpoint_name(config, stage=2), config, training, losses=asdict(weights),
+                      data=train_set.kind)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
     perceptual = vqgan.perceptual_network(weights.perceptual, train_set, args.out, args.convnext, run.device)
 
     model = model.to(run.device, memory_format=torch.channels_last)         # faster convolutions, same numbers
-    for p in model.decoder.head[-1].parameters():
+    for p in model.decoder.head[-1].parameters():       # a resumed run's state comes later, with run.track
         p.data *= weights.sharpen
     for part in (model.decoder, model.pixel_decoder):                       # everything else stays frozen
         part.requires_grad_(True)
@@ -534,7 +542,7 @@ def train_stage2(args):
     else:
         discriminator = vqgan.FeatureDiscriminator(perceptual)
     discriminator = discriminator.to(run.device, memory_format=torch.channels_last)
-    judging = [p for p in discriminator.parameters() if p.requires_grad]
+    judging = [p for p in discriminator.parameters() if p.requires_grad]    # the judge: discriminator with its loss
     stage = run.parallel(Stage2(model, perceptual, weights))
     judge = DiscriminatorLoss(discriminator, weights.lecam_weight).to(run.device)
     judge_stage = run.parallel(judge)
@@ -546,18 +554,18 @@ def train_stage2(args):
                            training.workers)
 
     for step in run.steps():
-        run.set_learning_rate(optimizer, step, float(step >= weights.discriminator_first))
-        run.set_learning_rate(judge_optimizer, step, weights.discriminator_rate)
+        run.set_learning_rate(optimizer, step, scale=float(step >= weights.discriminator_first))
+        run.set_learning_rate(judge_optimizer, step, scale=weights.discriminator_rate)
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
         optimizer.zero_grad()
         judge_optimizer.zero_grad()
         for images, _ in run.pieces(batches, stage):                        # [B, 3, H, W]
-            for p in judging:                                               # the painters first; their loss must leave no gradient in the judge
+            for p in judging:       # the painters first: their loss must leave no gradient in the judge
                 p.requires_grad_(False)
             with run.autocast():
                 loss, parts, reconstruction = stage(images, discriminator if adversarial else None)
             (loss / training.accumulate).backward()
-            for p in judging:                                               # then the judge, on the same reconstruction
+            for p in judging:       # then the judge, on the same reconstruction
                 p.requires_grad_(True)
             if adversarial:
                 with run.autocast():
@@ -593,9 +601,9 @@ def reconstruct(args):
     """Write original beside reconstruction for each image, and print the codes."""
     tokens = getattr(args, "tokens", PRESETS[args.config].tokens)
     path = args.checkpoint or default_tokenizer(args.out, tokens, getattr(args, "model", "nativetok"))
-    model = load_tokenizer(path, args.device or "cpu")
+    model = load_tokenizer(path, args.device)
     images = torch.stack([data.read_image(p, model.config.image_size) for p in args.reconstruct])     # [B, 3, H, W]
-    codes = model.encode(images.to(args.device or "cpu"))                   # [B, L]
+    codes = model.encode(images.to(args.device))                   # [B, L]
     both = torch.stack([images, model.decode_codes(codes).cpu()], dim=1).flatten(0, 1)
     target = args.out / "reconstruct.png"
     data.save_picture(data.picture_grid(both, 2, scale=max(1, 128 // model.config.image_size)), target)

@@ -1,4 +1,4 @@
-"""What every stage shares and no reader comes for: settings, ranks, checkpoints, EMA, log. No model knows this file.
+"""What every stage shares and is not the method: settings, ranks, checkpoints, EMA, log. No model knows this file.
 
 A stage uses it like this, and everything that matters stays in the stage's own loop:
 
@@ -6,6 +6,7 @@ A stage uses it like this, and everything that matters stays in the stage's own 
     run = trainer.Run(args, stage, name, config, training)            # ranks, device, seed, folder; guards old results
     ...build model, optimizer = run.adamw(parameters), ema = trainer.Ema(model)...
     run.track(model=model, optimizer=optimizer, ema=ema)              # what a checkpoint holds; loads it on --resume
+    batches = data.batches(..., run.piece, args.seed, run.step * training.accumulate, ...)     # where the run stopped
     for step in run.steps():                                          # continues where the checkpoint stopped
         run.set_learning_rate(optimizer, step)
         ...batch, loss, backward, optimizer.step(), ema.update(model)...
@@ -13,13 +14,15 @@ A stage uses it like this, and everything that matters stays in the stage's own 
 
 A run is a pure function of its settings: the data order is computed from (seed, step), the learning rate from the
 step, and the random state travels in the checkpoint. That is why a resumed run equals an uninterrupted one: bit for bit
-on the CPU with as many ranks and threads, up to the order of a GPU's sums on CUDA.
+on the CPU with as many ranks and threads, up to the order of a GPU's sums on CUDA. (With other --steps the cosine is
+another, and the first line of the log after a stop averages fewer steps.)
 """
 import argparse
 import copy
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import inspect
 import json
@@ -31,6 +34,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -93,7 +97,9 @@ def choose(what, value, options):
 def write_atomically(path, writer):
     """Call writer(temporary path), then rename to path, so that path is at every moment the old file or the new one."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".writing")
+    # a name of this rank's own, since all ranks may download the same file; and always the same, so that what a kill
+    # left behind is overwritten and does not pile up
+    temporary = path.with_name(f"{path.name}.writing{os.environ.get('RANK', '')}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer(temporary)
@@ -136,6 +142,11 @@ class TrainConfig:
     save_every: int = 5_000         # steps between two checkpoints
     preview_every: int = 5_000      # steps between two preview pictures
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name} {getattr(self, name)}: must be at least 1")
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that answers an unknown flag or value with near matches, in one line."""
@@ -167,7 +178,7 @@ def command_line(description, *config_classes):
                         "toy, data/imagenet in full")
     shared.add_argument("--out", help="folder for results, default out/<config>")
     shared.add_argument("--resume", action="store_true", help="go on from the checkpoint if there is one")
-    shared.add_argument("--overwrite", action="store_true", help="start anew although results exist")
+    shared.add_argument("--overwrite", action="store_true", help="start anew; results of that name are deleted first")
     shared.add_argument("--seed", type=int, default=0)
     shared.add_argument("--device", help="cpu or cuda; default: cuda where present")
     shared.add_argument("--tensorboard", action="store_true", help="also log for tensorboard (pip install tensorboard)")
@@ -198,6 +209,8 @@ def parse(parser, argv=None):
     args.config = args.config or ("full" if torch.cuda.is_available() else "toy")
     args.data = args.data or {"toy": "auto", "full": "data/imagenet"}[args.config]
     args.out = Path(args.out or f"out/{args.config}")
+    args.device = choose_device(args.device)
+    setup_ranks(args.device)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"config: {args.config} ({why}), results in {args.out}")
     return args
@@ -273,30 +286,46 @@ class Ema:
 # ---------------------------------------------------------------------------------------------------------------------
 # A run: ranks, device, seed, folder, progress, log
 
-def setup_ranks(cuda):
+def setup_ranks(device):
     """(rank, world) as torchrun set them; starts the process group: nccl on CUDA, gloo on the CPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        host_group()
     return rank, world
+
+
+@functools.cache
+def host_group():
+    """All ranks, talking through their CPUs and as patient as extracting ImageNet's codes needs (NCCL gives up after
+    ten minutes)."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def choose_device(asked):
+    """--device, else this rank's GPU where CUDA is present, else the CPU."""
+    if asked not in (None, "cuda"):
+        return torch.device(asked)
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 class Run:
     """One training run of one stage: its checkpoint is <out>/<name>.pt, its log <out>/<name>.jsonl.
 
     Raises BadInput where results exist and neither --resume nor --overwrite was given, or where they were made with
-    other settings. A run that is finished already says so and leaves with exit code 0.
+    other settings. A run that is finished already says so and leaves with exit code 0. settings: what else must be the
+    same in a resumed run; free: names of settings that need not.
     """
 
-    def __init__(self, args, stage, name, config, training, **settings):
+    def __init__(self, args, stage, name, config, training, free=(), **settings):
         self.args, self.stage, self.config, self.training = args, stage, config, training
-        self.settings = {"seed": args.seed, **settings}     # what else must be the same in a resumed run
-        cuda = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-        self.rank, self.world = setup_ranks(cuda)
+        self.settings = {"seed": args.seed, **settings}
+        # not "accumulate": it changes which images a step sees
+        self.free = {"steps", "workers", "log_every", "save_every", "preview_every", "bf16", *free}
+        self.device = choose_device(args.device)
+        self.rank, self.world = setup_ranks(self.device)
         self.main = self.rank == 0
-        named = args.device if cuda and self.world == 1 and ":" in (args.device or "") else None
-        self.device = torch.device(named or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"))
-        if cuda:
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.piece = training.batch_size // training.accumulate     # images of one forward pass, over all ranks
@@ -309,7 +338,7 @@ class Run:
         self.checkpoint = self._existing_results()
         if self.checkpoint is not None:
             self.step = self.checkpoint["step"]
-        self.stop_asked = False
+        self.stop_asked = 0.0               # when
         self.sums, self.bad_step = {}, None
         self.saved_at = -1
         self.board = self._tensorboard() if args.tensorboard and self.main else None
@@ -319,9 +348,6 @@ class Run:
 
     def _existing_results(self):
         """The checkpoint to go on from, or None."""
-        if self.args.overwrite and self.main:
-            for old in (self.log_path, self.path):
-                old.unlink(missing_ok=True)
         if self.args.overwrite or not self.path.exists():
             return None
         checkpoint = load_checkpoint(self.path, self.stage)
@@ -336,12 +362,11 @@ class Run:
         return checkpoint
 
     def _check_settings(self, checkpoint):
-        may_differ = {"steps", "workers", "log_every", "save_every", "preview_every", "bf16"}
         for mine, theirs in ((dataclasses.asdict(self.config), checkpoint["config"]),
                              (dataclasses.asdict(self.training), checkpoint.get("training", {})),
                              (self.settings, checkpoint.get("settings", {}))):
             for key in mine.keys() | theirs.keys():
-                if key not in may_differ and mine.get(key) != theirs.get(key):
+                if key not in self.free and mine.get(key) != theirs.get(key):
                     raise BadInput(f"{self.path}: was made with {key}={theirs.get(key)}, not {mine.get(key)}. "
                                    f"Choose another --out, or start anew with --overwrite")
 
@@ -355,8 +380,12 @@ class Run:
     # -- what a stage calls --------------------------------------------------------------------------------------------
 
     def track(self, **parts):
-        """Name what a checkpoint holds (each has state_dict and load_state_dict); restore it on --resume."""
-        first = not self.tracked            # later calls exchange a part, as hnt.py does with its optimizer
+        """Name what a checkpoint holds (each has state_dict and load_state_dict); restore it on --resume.
+
+        Give the bare model, not what run.parallel made of it. Later calls exchange a part, as hnt.py does with its
+        optimizer, and restore nothing.
+        """
+        first = not self.tracked
         self.tracked.update(parts)
         if not first:
             return
@@ -367,6 +396,7 @@ class Run:
             if len(self.checkpoint["random"]) == self.world:
                 restore_random_state(self.checkpoint["random"][self.rank])
             else:
+                torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)    # not the masks of step 0 again
                 self.say("another number of ranks than before: the random state starts anew")
         self.checkpoint = None
 
@@ -410,6 +440,9 @@ class Run:
     def steps(self):
         """Yield the steps still to do; save every so often, at the end, and on Ctrl-C."""
         if self.main:
+            if self.args.overwrite:         # only now, when nothing can stop the new run any more
+                self.log_path.unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
             self._cut_log()
         signals = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(s, self._ask_to_stop) for s in signals]
@@ -438,7 +471,8 @@ class Run:
 
     def log(self, step, **values):
         """Remember this step's values (tensors stay on the device: nothing waits for the GPU until a line is due)."""
-        # the loss is from before the step: a bad gradient would break the weights and be noticed a step too late
+        # grad_norm too: the loss is from before this step's update, so weights that a bad gradient broke would be saved
+        # before a loss shows it
         watched = sum(torch.as_tensor(values[k]).detach().float() for k in ("loss", "grad_norm") if k in values)
         bad = torch.where(torch.isfinite(watched), math.inf, float(step))
         self.bad_step = bad if self.bad_step is None else torch.minimum(self.bad_step, bad)
@@ -456,7 +490,8 @@ class Run:
             tqdm.write(line, file=sys.stdout)
 
     def save(self):
-        """Write the checkpoint to a temporary name and rename it. Never called on a state that is not finite."""
+        """Write the checkpoint to a temporary name and rename it; all ranks call it. Raises BadInput instead where a
+        loss was not finite."""
         self._stop_if_not_finite()
         states = gather(random_state(), self.world)
         if not self.main or self.saved_at == self.step:
@@ -470,17 +505,19 @@ class Run:
     # -- what it does for itself --------------------------------------------------------------------------------------
 
     def _ask_to_stop(self, number, frame):
-        if self.stop_asked:             # asked twice: the last checkpoint is whole, so leaving at once loses only steps
+        # Asked again after a while: the last checkpoint is whole, so leaving at once loses only steps. Within moments
+        # it is the same wish: torchrun passes on a Ctrl-C that its ranks have got already.
+        if self.stop_asked and time.monotonic() > self.stop_asked + 2:
             raise KeyboardInterrupt(f"Left at once; the last checkpoint is {self.path}")
-        self.stop_asked = True
+        self.stop_asked = self.stop_asked or time.monotonic()
 
     def _shall_stop(self):
         if self.world == 1:
-            return self.stop_asked
-        if self.step % min(10, self.training.log_every):     # ranks must agree; asking each step costs a round trip
+            return bool(self.stop_asked)
+        if self.step % 4:                   # all ranks must stop at the same step, and asking costs a round trip
             return False
-        asked = torch.tensor(float(self.stop_asked), device=self.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        asked = torch.tensor(self.stop_asked)                   # between the hosts: no GPU is waited for
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=host_group())
         return bool(asked)
 
     def _stop_if_not_finite(self):
@@ -488,7 +525,7 @@ class Run:
             dist.all_reduce(self.bad_step, op=dist.ReduceOp.MIN)
         if self.bad_step is not None and math.isfinite(self.bad_step):
             kept = f"{self.path} keeps the last good checkpoint" if self.path.exists() else "nothing was saved yet"
-            raise BadInput(f"the loss or its gradient is not finite at step {int(self.bad_step)}; {kept}. "
+            raise BadInput(f"the loss or its gradient is not finite at step {int(self.bad_step) + 1}; {kept}. "
                            f"Try a smaller --learning_rate, or --no-bf16")
 
     def _write_log(self):
@@ -535,7 +572,7 @@ def gather(value, world):
     """[value of every rank], on every rank."""
     values = [value] * world
     if world > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=host_group())
     return values
 
 

@@ -4,14 +4,16 @@
     python vqgan.py --config full --weights FILE    # take the public MaskGIT-VQGAN weights instead of training
 
 NativeTok does not predict pixels. Stage 1 (tokenizer.py) predicts this network's codes, and this network's decoder
-paints them: so it is trained first and then frozen. The architecture is MaskGIT-VQGAN's (1024 codes of 256 numbers,
-factor 16), whose public weights the paper builds on; the toy is the same code with smaller numbers.
+paints them. So it is trained first; stage 1 uses it unchanged, stage 2 fine-tunes a copy of the decoder. The
+architecture is MaskGIT-VQGAN's (1024 codes of 256 numbers, factor 16), whose public weights the paper builds on; the
+toy is the same code with smaller numbers, codes compared by direction (l2_norm), and revival of dead codes.
 The file also holds the networks that judge pictures: the perceptual network, for this stage and stage 2, and the
 discriminators, LeCam and hinge loss, for stage 2 only.
 
-Letters: B batch, H W pixels, h w code grid, C channels, K codes in the codebook, D numbers in a code.
-Images are float32 [B, 3, H, W] in [0, 1]. What trains here: encoder, codebook and
-decoder, on L2 and a frozen perceptual network (which the toy trains first, in seconds). No adversarial loss.
+Letters: B batch, H W pixels, h w code grid, C channels, K codes in the codebook, D numbers in a code, M vectors of a
+batch. Images are float32 [B, 3, H, W] in [0, 1]. What trains here: encoder, codebook and decoder, on L2, the
+quantizer's two losses and, unless it is none, a frozen perceptual network (the toy trains one first, in seconds). No
+adversarial loss.
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,9 +86,9 @@ class ResBlock(nn.Module):
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_out, c_out, 1, bias=False)
 
-    def forward(self, x):                                       # [B, c_in, h, w]
-        y = self.conv1(F.silu(self.norm1(x)))                   # [B, c_out, h, w]
-        y = self.conv2(F.silu(self.norm2(y)))                   # [B, c_out, h, w]
+    def forward(self, x):                                       # [B, c_in, height, width], of any resolution
+        y = self.conv1(F.silu(self.norm1(x)))                   # [B, c_out, height, width]
+        y = self.conv2(F.silu(self.norm2(y)))                   # [B, c_out, height, width]
         return x + y if x.shape == y.shape else y + self.nin_shortcut(y)
 
 
@@ -159,13 +161,14 @@ class VectorQuantizer(nn.Module):
 
     With l2_norm both are set to length 1 first, which keeps more of the codebook in use (ViT-VQGAN, 2110.04627).
     Losses are means over all entries: summed over D they outweigh the reconstruction and the codebook collapses.
+    Another quantizer needs the same five methods: codes, lookup, forward, track_usage, use.
     """
 
     def __init__(self, codebook_size, code_dim, l2_norm, commitment=0.25):
         super().__init__()
         self.l2_norm, self.commitment = l2_norm, commitment
         self.embedding = nn.Embedding(codebook_size, code_dim)
-        nn.init.normal_(self.embedding.weight, std=code_dim ** -0.5)     # rows of length about 1, as the vectors are
+        nn.init.normal_(self.embedding.weight, std=code_dim ** -0.5)     # rows of length about 1
         self.register_buffer("usage", torch.ones(codebook_size))         # running use of each code; 1 is the average
 
     def codebook(self):
@@ -199,12 +202,13 @@ class VectorQuantizer(nn.Module):
     def track_usage(self, z, codes, revive_below=0.0, decay=0.98):
         """After the optimizer's step: update the running use; move codes that died onto vectors of this batch.
 
-        Outside the graph and after the step, since moving a code before it would break the backward pass. No .item():
-        the CPU does not wait for the GPU. Under torchrun all ranks see the same use. z, codes: of this step's batch.
-        While codes are revived none falls to a use of 0.01, so codes_used reads 1: look at the perplexity, or at the
-        last fifth of the run.
+        After the step, or the optimizer would push the moved code by what was meant for the old one. Nothing here makes
+        the CPU wait for the GPU (bincount would: it must know the largest number first). Under torchrun all ranks see
+        the same use. z, codes: of this step's batch. While codes are revived none falls to a use of 0.01, so codes_used
+        reads 1: look at the perplexity, or at the end of the run.
         """
-        counts = torch.bincount(codes.flatten(), minlength=len(self.usage)).to(self.usage)      # [K]
+        counts = torch.zeros_like(self.usage)                                                   # [K]
+        counts.scatter_add_(0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=counts.dtype))
         if dist.is_initialized():
             dist.all_reduce(counts)
         self.usage.lerp_(counts * len(counts) / counts.sum(), 1 - decay)
@@ -304,7 +308,7 @@ class SmallPerceptual(nn.Module):
 
     Strided convolutions with GELU and no batch norm, on purpose not the architecture (nor the seed) of evaluate.py's
     FD-classifier: nothing is scored by a network that was trained against. It sees brightness only: colour is left to
-    L2. (Trained on grey pictures it had never learned what a tint means, and stage 2 painted everything pink.)
+    L2. (A version with three channels, trained on grey pictures, never learned what a tint means: stage 2 went pink.)
     """
 
     def __init__(self, classes, width=32):
@@ -356,7 +360,7 @@ def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
 
 
 class ConvNeXtSmall(nn.Module):
-    """The full configuration's perceptual network: torchvision's convnext_small (IMAGENET1K_V1), as TiTok uses it.
+    """--perceptual convnext, as stage 2's full preset has it: torchvision's convnext_small (IMAGENET1K_V1), as TiTok.
 
     forward: images in [0, 1], any size -> logits [B, 1000]; the resize to 224 and the normalization are inside.
     Source of the numbers: torchvision (public weights) and 1d-tokenizer (resize, loss on logits).
@@ -520,8 +524,8 @@ class Stage0(nn.Module):
 def train(args):
     config = trainer.override(PRESETS[args.config], args)
     training = trainer.override(TRAINING[args.config], args)
-    run = trainer.Run(args, "vqgan", "vqgan", config, training)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
+    run = trainer.Run(args, "vqgan", "vqgan", config, training, data=train_set.kind)
     preview_set = data.open_dataset(args.data, "val", config.image_size)
     originals = next(data.all_images(preview_set, 16))[0].to(run.device)
 
@@ -530,20 +534,23 @@ def train(args):
     stage = run.parallel(Stage0(model, perceptual, config.perceptual_weight))
     optimizer = run.adamw(model.parameters())
     ema = trainer.Ema(model, training.ema)
-    run.track(model=model, optimizer=optimizer, ema=ema)
+    run.track(model=model, optimizer=optimizer, ema=ema)        # saved in each checkpoint; --resume: loaded here
     batches = data.batches(train_set, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world,
                            training.workers)
 
     for step in run.steps():
         run.set_learning_rate(optimizer, step)
         optimizer.zero_grad()
-        for images, _ in run.pieces(batches, stage):            # [B, 3, H, W]
+        seen = []
+        for images, _ in run.pieces(batches, stage):            # [B, 3, H, W], 1 / accumulate of the batch
             with run.autocast():
                 loss, parts, z, codes = stage(images)
             (loss / training.accumulate).backward()
+            seen.append((z.detach(), codes))
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
         # no revival in the last fifth: the averaged weights need time to follow a moved code
+        z, codes = (torch.cat(pieces) for pieces in zip(*seen))
         model.quantize.track_usage(z, codes, config.revive_below if step < 0.8 * training.steps else 0.0)
         ema.update(model)
         run.log(step, loss=loss, grad_norm=grad_norm, **parts, **model.quantize.use())
