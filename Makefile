@@ -35,7 +35,7 @@ demo: .venv/ready
 	$(PY) evaluate.py report --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
 
 test: .venv/ready
-	$(PY) -m pip install --quiet --disable-pip-version-check pytest
+	$(PY) -m pip install --quiet --disable-pip-version-check pytest safetensors
 	$(PY) -m pytest -q test_all.py
 
 .venv/ready: requirements.txt

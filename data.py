@@ -38,7 +38,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
-from trainer import ArgumentParser, BadInput, host_group, launch, write_atomically
+from trainer import ArgumentParser, BadInput, gather, host_group, launch, write_atomically
 
 
 @functools.cache
@@ -57,6 +57,7 @@ class Images:
     border = 0                      # pixels on each side that are padding and not picture: scores leave them out
     photographs = True              # False: drawn
     augment = False                 # True: `get` draws random views
+    draft = False                   # True: large JPEGs are decoded at a fraction of their size
     in_memory = False               # True: a worker process would only slow it down
     unreadable: dict[int, str]      # index -> reason, for the files that were skipped
 
@@ -175,8 +176,8 @@ def find_fashion():
 
 
 def fetch_fashion(folder=None, url=FASHION_URL, timeout=4):
-    """Download those of the four files that `folder` lacks and return it. A file appears there only when its checksum is
-    right, and under a temporary name until it is complete. Raises BadInput: no connection, truncated, wrong checksum."""
+    """Download those of the four files that `folder` lacks and return it. A file appears there only when its checksum
+    is right, under a temporary name until it is complete. Raises BadInput: no connection, truncated, wrong checksum."""
     folder = Path(folder or FASHION_FOLDER)
     for name, sha256 in FASHION_SHA256.items():
         path, source = folder / f"{name}.gz", f"{url.rstrip('/')}/{name}.gz"
@@ -335,16 +336,17 @@ class Folder(Images):
     named, and the next readable one of its class takes its place: which one depends on the files alone. More than 1 %
     of such files (and more than one) end the run."""
 
-    def __init__(self, folder, split, image_size, augment):
+    def __init__(self, folder, split, image_size, augment, draft):
         self.name = self.where = str(folder)
-        self.split, self.image_size, self.augment, self.unreadable = split, image_size, augment, {}
+        self.split, self.image_size, self.augment, self.draft, self.unreadable = split, image_size, augment, draft, {}
         folder = Path(folder)
         if not os.access(folder, os.R_OK | os.X_OK):
             raise BadInput(f"{folder}: may not be read by this user. Change its rights, or copy the images")
         parts = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
         if {"train", "val"} <= parts:
-            self.root, self.classes = folder / split, list_images(folder / "train")[0]
-            files = list_images(self.root)[1]
+            self.root, (self.classes, files) = folder / split, list_images(folder / "train")
+            if split == "val":
+                files = list_images(self.root)[1]
             strange = sorted({name for name, *_ in files} - set(self.classes))
             if strange:
                 raise BadInput(f"{self.root / strange[0]}: a class that {folder / 'train'} lacks. Add it there too")
@@ -361,13 +363,14 @@ class Folder(Images):
         self.files = [file for _, file, *_ in files]                        # relative to root, sorted by class and name
         number = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([number[name] for name, *_ in files], dtype=np.int64)
-        self.fingerprint = hash_of("folder", split, image_size, files)      # names, sizes and times of change
+        # names, sizes and times of change
+        self.fingerprint = hash_of("folder", split, image_size, files, *["draft"] * draft)
 
     def get(self, index, rng=None):
         for other in self.in_its_place(index):
             if other not in self.unreadable:
                 try:
-                    image = decode(self.root / self.files[other], self.image_size)
+                    image = decode(self.root / self.files[other], self.image_size, self.draft)
                     return square(image, self.image_size, rng if self.augment else None)
                 except Exception as error:      # noqa: BLE001  Pillow raises a dozen kinds for broken files
                     self.skip(other, first_line(error))
@@ -393,22 +396,54 @@ class Folder(Images):
                                f"{UNREADABLE:.0%}. Mend or remove {self.files[index]} and the ones named above")
 
 
+LISTS = FASHION_FOLDER.parent / "lists"
+LARGE = 20_000          # images of a folder whose list is kept
+
+
 def list_images(folder):
-    """(classes, [(class, relative name, size, time of change)]), both sorted. No class folders: one class, `images`."""
-    found, loose = [], []
-    for top in folder.iterdir():
-        for root, folders, names in os.walk(top) if top.is_dir() else [(folder, [], [top.name])]:
-            folders[:] = [name for name in folders if not name.startswith(".")]         # thumbnails and the like
+    """(classes, [(class, relative name, size, time of change)]), both sorted. No class folders: one class, `images`.
+
+    A look at each of a million files takes minutes on a network disk. So the list of a large folder is kept, in LISTS,
+    and holds until a folder inside has another time of change: files that come, go or are renamed are seen, one that is
+    overwritten in place is not. To have a list made anew, delete the old one, whose name is printed.
+    """
+    folder, start = folder.resolve(), time.time_ns()
+    kept = LISTS / f"{hash_of(str(folder), ENDINGS)}.json"
+    try:
+        known = json.loads(kept.read_text())
+        if all(os.stat(name).st_mtime_ns == changed for name, changed in known["folders"].items()):
+            found = [tuple(file) for file in known["files"]]
+            say(f"{folder}: {len(found):,} images, list from {kept}")
+            return sorted({name for name, *_ in found}), found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):      # no list, a damaged one, a folder that left
+        pass
+    found, loose, folders = [], [], {str(folder): os.stat(folder).st_mtime_ns}
+    for top in os.scandir(folder):
+        for root, inner, names in os.walk(top.path) if top.is_dir() else [(str(folder), [], [top.name])]:
+            if root not in folders:
+                folders[root] = os.stat(root).st_mtime_ns
+            inner[:] = [name for name in inner if not name.startswith(".")]             # thumbnails and the like
             inside = Path(root).relative_to(folder).as_posix()
             for name in names:
                 if name.lower().endswith(ENDINGS) and not name.startswith(".") and not top.name.startswith("."):
                     file = os.path.join(root, name)     # strings, and one stat a file: there may be millions
-                    stat = os.stat(file) if os.path.exists(file) else os.lstat(file)    # a broken link: named when read
+                    try:
+                        stat = os.stat(file)
+                    except OSError:                     # a broken link: named when read
+                        stat = os.lstat(file)
                     (found if top.is_dir() else loose).append(
                         (top.name, name if inside == "." else f"{inside}/{name}", stat.st_size, stat.st_mtime_ns))
+            if time.time_ns() - start > 5e9:
+                say(f"{folder}: listing its images, which can take minutes the first time")
     if found and loose:
         say(f"{folder}: {len(loose):,} images that lie beside the class folders are left out")
     found = sorted(found or [("images", *rest) for _, *rest in loose])
+    if len(found) > LARGE and max(folders.values()) < start - 2e9:      # not while files still come: it could miss one
+        text = json.dumps({"folders": folders, "files": found})
+        try:
+            write_atomically(kept, lambda temporary: temporary.write_text(text))
+        except BadInput:        # a disk that cannot be written: the next start takes as long as this one
+            pass
     return sorted({name for name, *_ in found}), found
 
 
@@ -423,8 +458,12 @@ def first_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def decode(path, image_size):
-    """Any file that Pillow opens -> an RGB image as the photographer saw it. Raises many kinds of exceptions."""
+def decode(path, image_size, draft=False):
+    """Any file that Pillow opens -> an RGB image as the photographer saw it. Raises many kinds of exceptions.
+
+    draft: a JPEG much larger than image_size is decoded at 1/2, 1/4 or 1/8 of its size, at least twice image_size.
+    That is faster, but the pixels are not quite those of a full decode: scores must not depend on it.
+    """
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")                         # of odd metadata; a file that cannot be read raises
         warnings.simplefilter("error", Image.DecompressionBombWarning)      # 90 megapixels
@@ -432,7 +471,8 @@ def decode(path, image_size):
             image = Image.open(file)
         except UnidentifiedImageError:
             raise OSError("not an image") from None             # Pillow's own words name the open file
-        image.draft(None, (2 * image_size, 2 * image_size))     # JPEG: decode at 1/2, 1/4, 1/8, still twice too large
+        if draft:
+            image.draft(None, (2 * image_size, 2 * image_size))
         image.load()                                            # animated: the first frame
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                              # 16 bits a pixel, which Pillow would clip to 8
@@ -459,10 +499,11 @@ def square(image, image_size, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 # One door to all of them
 
-def open_dataset(name, split, image_size, augment=False):
+def open_dataset(name, split, image_size, augment=False, draft=False):
     """The dataset `name` ("fashion", "shapes", a folder, or "auto": fashion if it can be had, else shapes).
 
-    split "train" or "val"; augment: random crop and flip, for folders. Raises BadInput if there is nothing to open.
+    split "train" or "val". For folders, augment: random crop and flip; draft: see `decode`, off for whatever is scored.
+    Raises BadInput if there is nothing to open.
     """
     if name in ("fashion", "auto"):
         folder, tried = find_fashion()
@@ -475,13 +516,22 @@ def open_dataset(name, split, image_size, augment=False):
             "(python data.py --data fashion says what was tried)")
     if name in ("shapes", "auto"):
         return Shapes(split, image_size)
+    return Folder(find(name), split, image_size, augment, draft)
+
+
+def find(name):
+    """The folder of data that is one; None for the data that has a name. Raises BadInput where there is no such folder.
+    """
+    if name in ("fashion", "shapes", "auto"):
+        return None
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return Folder(folder, split, image_size, augment)
+        return folder
     what = "is a file, and a folder is needed" if folder.exists() else "no such folder"
     near = difflib.get_close_matches(name, ("auto", "fashion", "shapes"), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise BadInput(f"{name}: {what}.{hint} --data takes auto, fashion, shapes, or a folder of images")
+    raise BadInput(f"{name}: {what}.{hint} --data takes a folder with train/<class>/* and val/<class>/*, or of images, "
+                   f"or auto, fashion, shapes")
 
 
 def row_order(n, batch_size, seed, step=0):
@@ -559,50 +609,95 @@ def all_images(dataset, batch_size, limit=None, workers=0, start=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Token cache: the codes of every image, extracted once
 
-def token_cache(tokenizer, dataset, path, fingerprint, views=1, batch_size=64, device="cpu", workers=0,
-                codebook=65536, save_every=50):
-    """Codes of the whole dataset, from `path` if they are there, else extracted (and continued, if that was cut short).
+BLOCK = 4096            # images of a part: a kill loses at most so many, of each rank
 
-    tokenizer: has .encode(images) -> int64 [B, L] or [B, h, w]; fingerprint: a string that names its weights; views 2:
-    also of the flipped images (NativeTok, appendix F.1). Returns (codes [views, n, L], memory-mapped uint16, or uint32
-    with more than 65,536 codes; labels int64 [n]).
-    Beside `path` lies a .json that says what the codes were made of and how many rows are done, with their checksum:
-    codes of another tokenizer or of other data, or damaged ones, are made anew.
+
+def views_of(images, views, image_size):
+    """The views of images [B, 3, S, S] that codes are made of, `views` of [B, 3, H, W]. 1: the image; 2: and its flip
+    (NativeTok, appendix F.1); 10: four corners and the middle of size image_size, then their flips (LlamaGen, which has
+    S = int(1.1 * image_size))."""
+    if views == 10:
+        room = images.shape[-1] - image_size
+        corners = (0, 0), (0, room), (room, 0), (room, room), (round(room / 2),) * 2
+        crops = [images[..., y:y + image_size, x:x + image_size] for y, x in corners]
+    else:
+        crops = [images]
+    return crops + [crop.flip(-1) for crop in crops] if views > 1 else crops
+
+
+def token_cache(tokenizer, dataset, path, fingerprint, views=1, image_size=None, batch_size=64, device="cpu", workers=0,
+                codebook=65536):
+    """Codes of the whole dataset, from `path` if they are there, else extracted by all ranks, which call this together
+    and see the same disk.
+
+    tokenizer: has .encode(images) -> int64 [B, L] or [B, h, w]; fingerprint: a string that names its weights; views,
+    image_size: see `views_of`. Returns (codes [views, n, L], memory-mapped uint16, or uint32 with more than 65,536
+    codes; labels int64 [n]).
+    Beside `path` lies a .json that says what the codes were made of, with their checksum: codes of another tokenizer or
+    of other data, or damaged ones, are made anew. Until all codes are there, each BLOCK of images has its file in
+    <name>.parts-*/, so that any number of ranks can go on after a kill. A rank that fails does not tell the others:
+    it ends, and torchrun ends them.
     """
     path, n = Path(path), len(dataset)
-    note = path.with_suffix(".json")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     made_of = {"tokenizer": fingerprint, "data": dataset.fingerprint, "views": views, "codebook": codebook}
-    codes, (done, checksum) = None, rows_done(path, note, made_of, n)
-    bar = tqdm(total=n, initial=done, desc=f"codes of {dataset.name} {dataset.split}", unit="image", disable=done == n)
-    for batch, (images, _) in enumerate(all_images(dataset, batch_size, workers=workers, start=done), 1):
-        new = []
-        for view in range(views):
+    folder = path.with_name(f"{path.stem}.parts-{hash_of(made_of)[:8]}")
+    if gather(rank == 0 and is_whole(path, made_of, n, folder), world)[0]:
+        return np.load(path, mmap_mode="r"), dataset.labels
+
+    dtype = np.uint16 if codebook <= 65536 else np.uint32
+    parts = {folder / f"{i // BLOCK:06}.npy": np.arange(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)}
+    todo = {part: np.split(parts[part], range(batch_size, len(parts[part]), batch_size))
+            for part in list(parts)[rank::world] if not is_part(part, (views, len(parts[part])), dtype)}
+    bar = tqdm(total=sum(len(parts[part]) for part in todo), unit="image", disable=rank > 0 or not todo,
+               desc=f"codes of {dataset.name} {dataset.split}" + (f", rank 0 of {world}" if world > 1 else ""))
+    # one stream for all parts: workers that start anew for each would come too late
+    stream = read(dataset, [(rows, rows) for batches in todo.values() for rows in batches], None, workers)
+    for part, batches in todo.items():
+        codes = []
+        for images, _ in itertools.islice(stream, len(batches)):
             with torch.inference_mode():
-                found = tokenizer.encode((images.flip(-1) if view else images).to(device))
-            new.append(found.flatten(1).cpu().numpy())                                       # [B, L]
-        new = np.stack(new)                                                                  # [views, B, L]
-        if new.min() < 0 or new.max() >= codebook:
-            raise ValueError(f"codes {new.min()} .. {new.max()} with a codebook of {codebook}")
-        if not done:
-            write_atomically(path, functools.partial(write_zeros, shape=(views, n, new.shape[2]),
-                                                     dtype=np.uint16 if codebook <= 65536 else np.uint32))
-        if codes is None:
-            codes = np.load(path, mmap_mode="r+")
-        codes[:, done:done + new.shape[1]] = new
-        checksum = checksum_rows(new.astype(codes.dtype), checksum)
-        done += new.shape[1]
-        bar.update(new.shape[1])
-        if batch % save_every == 0 or done == n:
-            codes.flush()       # first the codes, then the note that they are there
-            state = json.dumps({**made_of, "shape": codes.shape, "done": done, "checksum": checksum}, indent=1)
-            write_atomically(note, lambda temporary: temporary.write_text(state))
+                found = [tokenizer.encode(view) for view in views_of(images.to(device), views, image_size)]
+            codes.append(torch.stack(found).flatten(2).cpu().numpy())                        # [views, B, L]
+            bar.update(len(images))
+        codes = np.concatenate(codes, axis=1)                                                # [views, rows, L]
+        if codes.min() < 0 or codes.max() >= codebook:
+            raise ValueError(f"codes {codes.min()} .. {codes.max()} with a codebook of {codebook}")
+        write_atomically(part, functools.partial(write_array, array=codes.astype(dtype)))
     bar.close()
+    gather(None, world)                 # all parts are there
+    if rank == 0:
+        write_atomically(path, functools.partial(join_parts, parts=list(parts), n=n))
+        codes = np.load(path, mmap_mode="r")
+        state = json.dumps({**made_of, "shape": codes.shape, "checksum": checksum_rows(codes)}, indent=1)
+        write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(state))
+        shutil.rmtree(folder)
+    gather(None, world)
     return np.load(path, mmap_mode="r"), dataset.labels
 
 
-def write_zeros(path, shape, dtype):
+def write_array(path, array):
+    with open(path, "wb") as file:      # given a name, np.save would add .npy to it
+        np.save(file, array)
+
+
+def join_parts(path, parts, n):
+    """Files of [views, rows, L] -> one of [views, n, L]: by and by, since the whole may be larger than the memory, and
+    written, not mapped: on a full disk that is an error, and not a crash."""
+    views, _, length = (first := np.load(parts[0], mmap_mode="r")).shape
+    header = {"descr": first.dtype.str, "fortran_order": False, "shape": (views, n, length)}
     with open(path, "wb") as file:
-        np.save(file, np.zeros(shape, dtype))       # no file with holes: a full disk must show here, not later
+        np.lib.format.write_array_header_1_0(file, header)
+        for view, part in itertools.product(range(views), parts):
+            file.write(np.load(part, mmap_mode="r")[view].tobytes())                         # [rows, L]
+
+
+def is_part(path, shape, dtype):
+    try:
+        part = np.load(path, mmap_mode="r")
+        return part.ndim == 3 and part.shape[:2] == shape and part.dtype == dtype
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def checksum_rows(codes, checksum=0):
@@ -612,30 +707,34 @@ def checksum_rows(codes, checksum=0):
     return checksum
 
 
-def rows_done(path, note, made_of, n):
-    """(rows done, their checksum) of a cache that can be used or continued; any other is removed: (0, 0)."""
-    if not note.exists() and not path.exists():
-        return 0, 0
-    why = "damaged or never finished"
+def is_whole(path, made_of, n, folder):
+    """True if the codes at `path` can be used; any others are removed, and so are parts that nobody needs."""
+    note, whole, why = path.with_suffix(".json"), False, "damaged or never finished"
     try:
         state = json.loads(note.read_text())
         changed = [name for name, value in made_of.items() if state[name] != value]
         if changed:
             why = f"made of another {changed[0]}"
         else:
-            codes, done = np.load(path, mmap_mode="r"), state["done"]
-            if codes.shape[1] == n and 0 < done <= n and checksum_rows(codes[:, :done]) == state["checksum"]:
-                return done, state["checksum"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError):
+            codes = np.load(path, mmap_mode="r")
+            whole = codes.shape[:2] == (made_of["views"], n) and checksum_rows(codes) == state["checksum"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError, IndexError):
         pass
-    say(f"{path}: {why}; the codes are extracted anew")
+    except OSError as error:        # a disk that fails for a moment is no reason to throw hours of work away
+        raise BadInput(f"{path}: cannot be read ({error.strerror}). Try again, or remove it") from error
+    stale = [other for other in path.parent.glob("*.parts-*")
+             if other.name.startswith(f"{path.stem}.parts-") and (whole or other != folder)]
     try:
-        note.unlink(missing_ok=True)        # the note first: codes without one are never used
-        path.unlink(missing_ok=True)        # not overwritten: another process may have them mapped
+        for other in stale:
+            shutil.rmtree(other)
+        if not whole and (note.exists() or path.exists()):
+            say(f"{path}: {why}; what is missing is extracted")
+            note.unlink(missing_ok=True)        # the note first: codes without one are never used
+            path.unlink(missing_ok=True)        # not overwritten: another process may have them mapped
     except OSError as error:
         raise BadInput(f"{path}: {why}, and cannot be removed ({error.strerror}). "
                        f"Choose another folder with --out") from error
-    return 0, 0
+    return whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -675,8 +774,8 @@ def save_picture(image, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def images_a_second(dataset, workers, seconds=4):
-    source = batches(dataset, 64, seed=0, workers=workers)
+def images_a_second(dataset, workers, seed, seconds=4):
+    source = batches(dataset, 64, seed, workers=workers)        # a seed of its own: not the files just read, where many
     next(source)                                    # starts the workers
     start = time.perf_counter()
     for count, _ in enumerate(source, 1):
@@ -711,9 +810,14 @@ def main():
         save_picture(picture_grid(images, 10, scale=max(1, 64 // size)), args.preview)
         print(f"preview      {args.preview}")
     if args.bench:
-        print(f"bench        {images_a_second(train, 0):,.0f} images/s in one process")
+        torch.set_num_threads(1)                    # one process is then one core
+        jpegs = any(name.lower().endswith((".jpg", ".jpeg")) for name in getattr(train, "files", ()))
+        for train.draft in (False, True) if jpegs else (False,):
+            how = f", draft {'on' if train.draft else 'off'}" if jpegs else ""
+            print(f"bench        {images_a_second(train, 0, seed=train.draft):,.0f} images/s a core{how}")
         if args.workers and not train.in_memory:
-            print(f"bench        {images_a_second(train, args.workers):,.0f} images/s with {args.workers} workers")
+            rate = images_a_second(train, args.workers, seed=2)
+            print(f"bench        {rate:,.0f} images/s with {args.workers} workers{how}")
         print(f"unreadable   {len(train.unreadable)} of the files read")
 
 

@@ -2,7 +2,8 @@
 
     python evaluate.py report       # everything: <out>/report.md, <out>/scores.json and the pictures
     python evaluate.py scores       # only the table, of the stages that exist so far
-    python evaluate.py speed        # MoCET's fast form against its plain form
+    python evaluate.py speed        # fast forms against plain ones, HNT, sampling; a step of each full configuration
+    python evaluate.py memory       # what stage 1 needs on a GPU, estimated without one
 
 Protocol: 10,000 test images (--images; all where the data has fewer), without their border of padding; 2,500 samples
 (--samples), with the same balance of classes. PSNR is the mean of the images' PSNR. Accuracy and the Frechet distance
@@ -21,7 +22,6 @@ import json
 import math
 import platform
 import re
-import statistics
 import time
 import warnings
 from pathlib import Path
@@ -32,14 +32,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import data
 import trainer
-from generator import codes_fingerprint, load_generator, sample_codes
-from tokenizer import MODELS, PRESETS, MoCET, load_tokenizer
+from generator import GENERATORS, LOSSES, codes_fingerprint, load_generator, sample_codes
+from generator import PRESETS as GENERATOR_PRESETS
+from generator import macs as generator_macs
+from hnt import freeze_reused
+from tokenizer import MODELS, PRESETS, TRAINING, MoCET, Stage1, build, load_tokenizer
+from tokenizer import macs as tokenizer_macs
 from trainer import BadInput
-from vqgan import load_vqgan
+from vqgan import VQGAN, ConvNeXtSmall, Discriminator, load_vqgan
 
 BATCH = 100         # images at once where nothing is trained: larger ones fall out of a CPU's caches
 bar = functools.partial(tqdm, leave=False, disable=None)       # shown on a terminal only, and gone when done
@@ -672,29 +678,278 @@ end, where everything trains again. Stage 2's loss holds an adversarial part and
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Speed
+# Speed: python evaluate.py speed
 
-def speed(device, rounds=7):
-    """Print seconds of MoCET forward and backward, fast and plain form, medians of interleaved rounds."""
-    print(f"MoCET, forward and backward, {machine(device)}, torch {torch.__version__}; medians of {rounds} interleaved "
-          f"rounds")
-    print(f"{'size':<6} {'tokens':>6} {'width':>6} {'batch':>6} {'plain, s':>9} {'fast, s':>9} {'plain / fast':>13}")
-    for size, batch in (("toy", 32), ("full", 2)):
+# Operators whose result the CPU needs before it can go on: on a GPU it would wait for all that was asked of it before.
+# (item and a tensor in an `if` both end in the first of these.)
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::equal", "aten::masked_select",
+           "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave"}
+
+
+def speed(device, batch):
+    """Print the ratios of the fast forms to what they are compared with, then seconds a step of each configuration."""
+    batch = batch or (64 if device.type == "cuda" else 2)
+    print(f"{machine(device)}, torch {torch.__version__}, batch {batch}. Medians of forms that took turns; the paper's "
+          f"ratios were measured on an A800\n{'first / second':<54} {'first, s':>10} {'second, s':>10} {'ratio':>7} "
+          f"{'paper':>7}")
+    for part in (speed_mocet, speed_encoding, speed_hnt, speed_sampling, speed_steps):
+        try:
+            part(device, batch)
+        except torch.OutOfMemoryError:
+            print(f"{part.__name__}: does not fit. Try a smaller --batch_size")
+
+
+def compare(what, first, second, device, rounds=5, paper=""):
+    """first, second: (name, function). Prints medians, and how many times as fast the second is as the first."""
+    seconds = trainer.take_turns(dict((first, second)), rounds, device)
+    a, b = seconds[first[0]], seconds[second[0]]
+    print(f"{what + ': ' + first[0] + ' / ' + second[0]:<54} {a:>10.4f} {b:>10.4f} {a / b:>6.2f}x {paper:>7}", flush=True)
+
+
+def speed_mocet(device, batch):
+    for size, count in (("toy", 16), ("full", batch)):
         c = PRESETS[size]
         mocet = MoCET(c.tokens, c.expert_width, c.expert_heads, c.expert_layers).to(device)
-        x_latent = torch.randn(batch, c.patches, c.expert_width, device=device, requires_grad=True)
-        seconds = {"plain": [], "fast": []}
-        for i in range(rounds + 1):                                         # the first warms up and is not counted
-            for name, form in (("plain", mocet.forward_plain), ("fast", mocet.forward)):
-                mocet.zero_grad()
-                started = time.perf_counter()
-                form(x_latent).square().mean().backward()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[name] += [time.perf_counter() - started] if i else []
-        plain, fast = (statistics.median(seconds[name]) for name in ("plain", "fast"))
-        print(f"{size:<6} {c.tokens:>6} {c.expert_width:>6} {batch:>6} {plain:>9.4f} {fast:>9.4f} "
-              f"{plain / fast:>13.2f}")
+        x_latent = torch.randn(count, c.patches, c.expert_width, device=device, requires_grad=True)     # [B, P, d]
+
+        def step(form):
+            mocet.zero_grad()
+            form(x_latent).square().mean().backward()
+
+        compare(f"MoCET {size}, batch {count}", ("plain", lambda: step(mocet.forward_plain)),
+                ("fast", lambda: step(mocet.forward)), device)
+
+
+@torch.inference_mode()
+def speed_encoding(device, batch):
+    """Table 3c: images -> codes."""
+    models = {name: build(PRESETS[name]).to(device).eval() for name in ("titok_l_32", "nativetok_32")}
+    images = torch.rand(batch, 3, 256, 256, device=device)
+    compare("encoding", *((name, functools.partial(model.encode, images)) for name, model in models.items()), device,
+            paper="0.88x")
+
+
+def speed_hnt(device, batch):
+    """Table 3b: a step of NativeTok-64, forward, backward and AdamW, with all and with the new part training."""
+    step_full = training_step("nativetok_64", device, batch)
+    model, optimizer = step_full.keywords["model"], step_full.keywords["optimizer"]
+    trains = [p for p in model.parameters() if p.requires_grad]
+
+    def full():
+        for p in trains:
+            p.requires_grad_(True)
+        step_full()
+
+    def frozen():
+        freeze_reused(model, 32)    # AdamW leaves out what has no gradient
+        step_full()
+
+    compare("HNT-64, a step", ("full", full), ("frozen", frozen), device, rounds=3, paper="1.33x")
+
+
+@torch.inference_mode()
+def speed_sampling(device, batch):
+    """Drawing codes: with the cache against computing all anew, and guidance as one batch against two passes."""
+    labels = torch.arange(batch, device=device)
+    ar = GENERATORS["ar"](GENERATOR_PRESETS["ar_full"]).to(device).eval()
+    compare("AR, 32 codes", ("recomputed", lambda: ar.generate_plain(labels)), ("cached", lambda: ar.generate(labels)),
+            device)
+    maskgit = GENERATORS["maskgit"](GENERATOR_PRESETS["maskgit_full"]).to(device).eval()
+    codes = torch.zeros(batch, maskgit.config.tokens, dtype=torch.int64, device=device)                 # [B, L]
+    drop = torch.ones(batch, dtype=torch.bool, device=device)
+    compare("MaskGIT, guidance", ("two passes", lambda: (maskgit(codes, labels), maskgit(codes, labels, drop))),
+            ("one", lambda: maskgit.guided_logits(codes, labels, 2.0)), device)
+
+
+def training_step(name, device, batch, recompute=False):
+    """A function that makes one optimizer step of a configuration on random data, as its script does but for EMA,
+    logging and DDP: stage 1 of a tokenizer with random weights (its teacher's too), or a generator."""
+    c = PRESETS[name] if name in PRESETS else GENERATOR_PRESETS[name]
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+    if name in PRESETS:
+        model = build(c).to(device)
+        teacher = VQGAN(c.vqgan).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        images, stage = torch.rand(batch, 3, c.image_size, c.image_size, device=device), Stage1(model)
+        if hasattr(model, "mocet"):
+            model.mocet.recompute = recompute
+
+        def loss():
+            targets = teacher.encode(images).flatten(1)                     # [B, G*G]
+            with autocast():
+                loss, _, latents, codes = stage(images, targets)
+            model.quantizer.track_usage(latents, codes)
+            return loss
+    else:
+        model = GENERATORS[c.mode](c).to(device)
+        codes = torch.randint(c.codebook_size, (batch, c.tokens), device=device)                        # [B, L]
+        labels = torch.randint(c.num_classes, (batch,), device=device)
+
+        def loss():
+            with autocast():
+                return LOSSES[c.mode](model, c, codes, labels)[0]
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    return functools.partial(one_step, loss=loss, model=model, optimizer=optimizer)
+
+
+def one_step(loss, model, optimizer, update=True):
+    optimizer.zero_grad()
+    loss().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if update:
+        optimizer.step()
+
+
+def operators(step, device):
+    """{operator: calls} of a step. On a CPU without AdamW's part: there, unlike on a GPU, it reads its step counts one
+    by one, which would count as waiting."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(update=device.type == "cuda")
+    return {event.key: event.count for event in profile.key_averages() if event.key.startswith("aten::")}
+
+
+def speed_steps(device, batch):
+    """A step of each full configuration: samples/s, on a GPU with peak memory and the share of its bf16 peak (what a
+    large matrix product reaches), and how many operators it calls, of which how many make the CPU wait."""
+    cuda = device.type == "cuda"
+    peak = matmul_peak(device) if cuda else None
+    print(f"\n{'a training step':<34} {'batch':>5} {'seconds':>8} {'samples/s':>10} {'GiB':>6} {'of peak':>8} "
+          f"{'operators':>10} {'waiting':>8}" + (f"   peak: {peak / 1e12:.0f} TFLOP/s in bf16" if cuda else ""))
+    rows = [(name, batch, recompute) for name in ("nativetok_32", "nativetok_64", "nativetok_128", "titok_l_32")
+            for recompute in ((False, True) if cuda and name == "nativetok_128" else (False,))]
+    rows += [("ar_full", batch, False), ("maskgit_full", batch * 8 if cuda else batch, False)]
+    for name, size, recompute in rows:
+        label, step = name + (" --recompute" if recompute else ""), None    # None: lets go of the one before
+        try:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+            step = training_step(name, device, size, recompute)
+            seconds = trainer.take_turns({name: step}, 10 if cuda else 1, device)[name]
+            used = torch.cuda.max_memory_allocated(device) / 2 ** 30 if cuda else None
+            calls = operators(step, device)
+        except torch.OutOfMemoryError:
+            print(f"{label:<34} {size:>5} does not fit")
+            continue
+        waiting = sum(count for key, count in calls.items() if key in WAITING)
+        share = f"{6 * work_of(name) * size / seconds / peak:.0%}" if cuda and not recompute else ""
+        print(f"{label:<34} {size:>5} {seconds:>8.3f} {size / seconds:>10.2f} "
+              f"{f'{used:.1f}' if cuda else '':>6} {share:>8} {sum(calls.values()):>10} {waiting:>8}", flush=True)
+
+
+def work_of(name):
+    """Multiply-adds of a forward pass of what trains, for one image: forward and backward are 6 FLOP for each."""
+    if name in PRESETS:
+        return sum(count for part, count in tokenizer_macs(PRESETS[name]).items() if part != "pixel decoder")
+    return generator_macs(GENERATOR_PRESETS[name])
+
+
+def matmul_peak(device, size=8192):
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    return 2 * size ** 3 / trainer.take_turns({"product": lambda: a @ a}, 20, device)["product"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory: python evaluate.py memory
+
+def memory(batch):
+    """Print an estimate of what stages 1 and 2 need on one GPU, by part, without a GPU and without the memory: the
+    models run on pretended tensors, and what autograd keeps for the backward pass is added up. Left out: CUDA's own
+    half GiB, workspaces, temporary gradients, fragmentation. Expect some GiB more."""
+    for stage, names, measure in ((1, ("nativetok_32", "nativetok_64", "nativetok_128", "titok_l_32"), memory_of),
+                                  (2, ("nativetok_32", "nativetok_64", "nativetok_128"), memory_of_stage2)):
+        at_once = batch // TRAINING["full", stage].accumulate
+        tables = {name: measure(name, at_once) for name in names}
+        print(f"GiB on each GPU in stage {stage}, {batch} images a GPU, {at_once} at once, bf16 autocast; an estimate\n"
+              f"{'':<44}" + "".join(f"{name:>15}" for name in names))
+        for row in tables["nativetok_32"]:
+            values = [tables[name].get(row) for name in names]
+            print(f"{row:<44}" + "".join(f"{'' if v is None else f'{v / 2 ** 30:.1f}':>15}" for v in values))
+
+
+def memory_of(name, batch):
+    """{part: bytes}"""
+    c = PRESETS[name]
+    with FakeTensorMode():
+        with trainer.Unfilled():
+            model = build(c)
+        images = torch.empty(batch, 3, c.image_size, c.image_size)
+        targets = torch.zeros(batch, c.grid ** 2, dtype=torch.int64)
+        parts = {}
+        if c.model == "nativetok":
+            x_latent, parts["kept for backward: MIT"] = kept(lambda: model.mit(images), model)
+            z, parts["kept for backward: experts"] = kept(lambda: model.mocet(x_latent), model)
+            longest = torch.empty(batch, c.patches + c.tokens, c.expert_width, requires_grad=True)
+            one = kept(lambda: model.mocet.experts[-1](longest), model)[1]
+            inputs = sum(4 * batch * (c.patches + i + 1) * c.expert_width for i in range(c.tokens))     # float32
+            parts["kept for backward: encoder"] = None
+            less = parts["kept for backward: experts"] - inputs - one
+            z = model.to_code(z)                                            # [B, L, c]
+        else:
+            z, encoder = kept(lambda: model.latents(images), model)
+            parts = {"kept for backward: MIT": None, "kept for backward: experts": None,
+                     "kept for backward: encoder": encoder}
+            less = None
+
+        def rest():
+            z_q, quantizer_loss, _ = model.quantizer(z)
+            return F.cross_entropy(model.decoder(z_q).float().flatten(0, 1), targets.flatten()) + quantizer_loss
+
+        parts["kept for backward: decoder, loss"] = kept(rest, model)[1]
+    numbers, all_numbers = (sum(p.numel() for p in model.parameters() if p.requires_grad or every)
+                            for every in (False, True))
+    teacher = trainer.count([trainer.on_meta(lambda: VQGAN(c.vqgan))])
+    fixed = {"weights, with the teacher's": 4 * (all_numbers + teacher), "averaged weights (EMA)": 4 * all_numbers,
+             "gradients": 4 * numbers, "AdamW's two averages": 8 * numbers}
+    total = sum(fixed.values()) + sum(v for v in parts.values() if v)
+    return {**fixed, **parts, "all": total, "all with --recompute": None if less is None else total - less}
+
+
+def memory_of_stage2(name, batch):
+    """{part: bytes}, with ConvNeXt-S and the discriminator, at the painters' backward pass, which keeps most."""
+    c = PRESETS[name]
+    with FakeTensorMode():
+        with trainer.Unfilled():
+            model, perceptual, judge = build(c), ConvNeXtSmall(None), Discriminator()
+        model.pixel_decoder.requires_grad_(True)
+        images = torch.empty(batch, 3, c.image_size, c.image_size)
+        logits, decoder = kept(lambda: model.decoder(torch.empty(batch, c.tokens, c.code_dim)), model)
+        painted, pixels = kept(lambda: model.paint(logits), model)
+        judges = [kept(lambda: perceptual.perceptual_loss(painted, images), perceptual)[1],
+                  kept(lambda: judge.requires_grad_(False)(painted), judge)[1]]
+    painters = trainer.count([model.decoder, model.pixel_decoder])
+    parts = {"weights, ConvNeXt's and the discriminator's": 4 * trainer.count([model, perceptual, judge]),
+             "averaged weights (EMA)": 4 * trainer.count([model]),
+             "gradients": 4 * (painters + trainer.count([judge])),
+             "AdamW's two averages": 8 * (painters + trainer.count([judge])),
+             "kept for backward: token decoder": decoder, "kept for backward: pixel decoder": pixels, "kept for backward: ConvNeXt": judges[0],
+             "kept for backward: discriminator": judges[1]}
+    return {**parts, "all": sum(parts.values())}
+
+
+class InFloat32(TorchFunctionMode):
+    """What CUDA's autocast takes back to float32 and the CPU's does not."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.group_norm, F.layer_norm, F.softmax, torch.Tensor.softmax, F.mse_loss):
+            args = [a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+        return function(*args, **(kwargs or {}))
+
+
+def kept(forward, model):
+    """(what forward() returns, bytes that autograd keeps of it for the backward pass), under bf16 autocast as CUDA has
+    it. Parameters are left out, their bfloat16 copies are not."""
+    own, storages = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()          # views of one storage count once
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage      # held, or its number would be given to another
+        return tensor
+
+    with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16),
+          InFloat32()):
+        result = forward()
+    return result, sum(storage.nbytes() for storage in storages.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -702,7 +957,7 @@ def speed(device, rounds=7):
 
 def main():
     parser = trainer.ArgumentParser(__doc__)
-    parser.add_argument("what", choices=("report", "scores", "speed"))
+    parser.add_argument("what", choices=("report", "scores", "speed", "memory"))
     parser.add_argument("--config", choices=("toy", "full"), help="default: full where CUDA is present, else toy")
     parser.add_argument("--data", help="as in training: shapes, fashion, auto or a folder")
     parser.add_argument("--out", help="folder of the results, default out/<config>")
@@ -711,10 +966,13 @@ def main():
     parser.add_argument("--images", type=int, default=10_000, help="test images to score on")
     parser.add_argument("--samples", type=int, default=2_500, help="new images to score, at most --images")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--batch_size", type=int, help="speed, memory: images a GPU, default 64; speed on a CPU: 2")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where present")
     args = trainer.parse(parser)
     if args.what == "speed":
-        return speed(args.device)
+        return speed(args.device, args.batch_size)
+    if args.what == "memory":
+        return memory(args.batch_size or 64)
     tokens = args.tokens or PRESETS[args.config].tokens
     if tokens < 1 or min(args.images, args.samples) < 2:
         raise BadInput(f"--tokens {tokens} --images {args.images} --samples {args.samples}: at least 1 token, 2 images "

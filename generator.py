@@ -25,7 +25,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -51,7 +50,7 @@ class GeneratorConfig:
     heads: int = 12                 # h
     dropout: float = 0.1            # AR: on embeddings, attention output and feed-forward output
     class_dropout: float = 0.1      # share of the training images whose class is hidden
-    views: int = 2                  # 2: trains on the codes of the flipped images too (paper, F.1)
+    views: int = 2                  # of an image: 1 is its middle, 2 its flip too (paper, F.1), 10 LlamaGen's ten crops
     rope: str = "1d"                # AR: positions of a sequence (1d) or of a square grid (2d)
     label_smoothing: float = 0.1    # MaskGIT
     unmasked_weight: float = 0.1    # MaskGIT: weight of the codes it can see, beside 1 for hidden ones
@@ -69,8 +68,8 @@ class GeneratorConfig:
             raise BadInput(f"--width {self.width}: not a multiple of 4 times --heads {self.heads}")
         if self.mode == "maskgit" and self.layers % 2:
             raise BadInput(f"--layers {self.layers}: a U-ViT needs an even number, half before its middle, half after")
-        if self.views not in (1, 2):
-            raise BadInput(f"--views {self.views}: must be 1 or 2")
+        if self.views not in (1, 2, 10):
+            raise BadInput(f"--views {self.views}: must be 1, 2 or 10")
         for name, least in {"temperature": 0, "top_k": 0, "sampling_steps": 1, "layers": 1}.items():
             if not getattr(self, name) >= least:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be at least {least}")
@@ -80,16 +79,19 @@ class GeneratorConfig:
         return -(-int(2 / 3 * 4 * self.width) // 256) * 256
 
 
+LLAMAGEN_B = GeneratorConfig()
+UVIT_L = GeneratorConfig(mode="maskgit", tokens=128, width=1024, layers=20, heads=16, guidance_scale=6.9,
+                         guidance="power-cosine", temperature=2.8, sampling_steps=64)      # sampled as TiTok-S-128
 TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4, dropout=0.0,
                       views=1, guidance_scale=1.5)
 PRESETS = {
     "ar_toy": TOY,
     "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),     # at 1 the samples of a class repeat each other
-    "ar_full": GeneratorConfig(),                                                       # LlamaGen-B: paper, Table 1
-    "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),                     # LlamaGen-L
-    # MaskGIT-UViT-L: paper, Table 2; sampled as TiTok-S-128
-    "maskgit_full": GeneratorConfig(mode="maskgit", tokens=128, width=1024, layers=20, heads=16,
-                                    guidance_scale=6.9, guidance="power-cosine", temperature=2.8, sampling_steps=64),
+    "ar_full": LLAMAGEN_B,                                                              # paper, Table 1
+    "llamagen_b": LLAMAGEN_B,
+    "llamagen_l": replace(LLAMAGEN_B, width=1024, layers=24, heads=16),
+    "maskgit_full": UVIT_L,                                                             # paper, Table 2
+    "maskgit_uvit_l": UVIT_L,
 }
 TOY_TRAINING = TrainConfig(steps=700, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4, warmup=50, beta2=0.95,
                            weight_decay=0.05, ema=0.99, workers=0, log_every=25, save_every=350, preview_every=350)
@@ -97,9 +99,8 @@ LLAMAGEN_TRAINING = TrainConfig(steps=1_500_000, end_learning_rate=1e-4, warmup=
 TRAINING = {
     "ar_toy": TOY_TRAINING,
     "maskgit_toy": replace(TOY_TRAINING, steps=800, beta2=0.96, weight_decay=0.03, save_every=400, preview_every=400),
-    "ar_full": LLAMAGEN_TRAINING,       # 300 epochs of ImageNet, constant learning rate
-    "llamagen_l": LLAMAGEN_TRAINING,
-    "maskgit_full": TrainConfig(batch_size=2048, learning_rate=2e-4, warmup=10_000, beta2=0.96, weight_decay=0.03),
+    "ar": LLAMAGEN_TRAINING,            # 300 epochs of ImageNet, constant learning rate
+    "maskgit": TrainConfig(batch_size=2048, learning_rate=2e-4, warmup=10_000, beta2=0.96, weight_decay=0.03),
 }
 
 
@@ -557,17 +558,16 @@ def code_batches(codes, labels, batch_size, seed, step, rank, world):
 
 
 def extract_codes(run, tokenizer, fingerprint, dataset, path):
-    """(codes uint16 [views, n, L], labels int64 [n]) of all images, made by the first rank if not there yet."""
-    how = {"views": run.config.views, "workers": run.training.workers, "codebook": run.config.codebook_size}
-    made = data.token_cache(tokenizer, dataset, path, fingerprint, device=run.device, **how) if run.main else None
-    if run.world > 1:
-        dist.barrier(trainer.host_group())
-    return made or data.token_cache(tokenizer, dataset, path, fingerprint, device=run.device, **how)
+    """(codes uint16 [views, n, L], labels int64 [n]) of all images, made by all ranks together if not there yet."""
+    return data.token_cache(tokenizer, dataset, path, fingerprint, run.config.views, tokenizer.config.image_size,
+                            device=run.device, workers=run.training.workers, codebook=run.config.codebook_size)
 
 
 def train(args, config, training, tokenizer_path):
     tokenizer = open_tokenizer(tokenizer_path)
-    dataset = data.open_dataset(args.data, "train", tokenizer.config.image_size)
+    size = tokenizer.config.image_size
+    size = int(1.1 * size) if config.views == 10 else size      # room for crops: LlamaGen's
+    dataset = data.open_dataset(args.data, "train", size, draft=training.draft)
     found = {"tokens": tokenizer.config.tokens, "codebook_size": tokenizer.config.codebook_size,
              "num_classes": len(dataset.classes)}
     for name, value in found.items():
@@ -576,6 +576,8 @@ def train(args, config, training, tokenizer_path):
     config = replace(config, **found)
     run = trainer.Run(args, config.mode, f"{config.mode}_{codes_name(tokenizer_path)}", config, training, SAMPLING)
 
+    if training.compile:
+        trainer.compile_methods({"ar": LlamaBlock, "maskgit": UViTBlock}[config.mode], "forward")
     model = GENERATORS[config.mode](config).to(run.device)
     parallel, loss_function = run.parallel(model), LOSSES[config.mode]
     optimizer = run.adamw(model.parameters())
@@ -673,23 +675,56 @@ def sample_pictures(args, tokenizer_path, path):
     print(f"{output}: {len(labels)} samples of {', '.join(names[i] for i in labels.unique_consecutive()[:12])}")
 
 
+def macs(config):
+    """Multiply-adds of one sequence's forward pass; norms and softmax left out, the causal mask not made use of."""
+    c, maskgit = config, config.mode == "maskgit"
+    length, hidden = c.tokens + maskgit, 8 * c.width if maskgit else 3 * c.feed_forward
+    block = length * c.width * (4 * c.width + hidden) + 2 * length ** 2 * c.width
+    skips = c.layers // 2 * length * 2 * c.width ** 2 if maskgit else 0
+    return (c.layers + maskgit) * block + skips + c.tokens * c.width * c.codebook_size
+
+
+def print_params():
+    """The table of --params: parameters by part, and multiply-adds of one forward pass without guidance."""
+    rows = [("llamagen_b", "VQGAN, 16384 codes", {"tokens": 256, "codebook_size": 16384}, "110.9M"),
+            ("llamagen_l", "VQGAN, 16384 codes", {"tokens": 256, "codebook_size": 16384}, "343M"),
+            ("llamagen_b", "NativeTok-32", {}, None), ("maskgit_uvit_l", "NativeTok-128", {}, "295.0M with 4096 codes")]
+    for name, of, sizes, published in rows:
+        c = replace(PRESETS[name], **sizes)
+        model = trainer.on_meta(lambda: GENERATORS[c.mode](c))
+        parts = {part: trainer.count([module]) for part, module in model.named_children()}
+        parts |= {part: p.numel() for part, p in model.named_parameters(recurse=False)}
+        print(f"{name}, codes of {of}")
+        for part, count in parts.items():
+            if count:
+                print(f"  {part:<20} {count / 1e6:>9.2f}M {count / sum(parts.values()):>6.1%}")
+        print(f"  {'all':<20} {sum(parts.values()) / 1e6:>9.2f}M, {macs(c) / 1e9:.2f} GMACs for {c.tokens} tokens"
+              + (f"   published: {published}" if published else ""))
+
+
 def main():
     parser = trainer.command_line(__doc__, GeneratorConfig, TrainConfig)
     parser.add_argument("--tokenizer", metavar="FILE", help="whose codes; also a VQGAN. Default: the newest in --out")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: <mode>_<config>")
+    parser.add_argument("--params", action="store_true", help="print how large the full models are, and stop")
     pictures = parser.add_argument_group("pictures instead of training")
     pictures.add_argument("--sample", type=int, metavar="N", help="write N new images and stop")
     pictures.add_argument("--classes", help="names or numbers, such as 3,bag; default: all")
     pictures.add_argument("--separate", action="store_true", help="a folder of files instead of one grid")
     pictures.add_argument("--output", metavar="PATH", help="where to write: a .png, or with --separate a folder")
     args = trainer.parse(parser)
+    if args.params:
+        return print_params()
     mode = trainer.choose("--mode", getattr(args, "mode", "ar"), tuple(GENERATORS))
     preset = args.preset or f"{mode}_{args.config}"
     config = trainer.override(PRESETS[preset], args)
+    training = trainer.override(TRAINING[preset if preset in TRAINING else config.mode], args)
+    if args.sample is None:
+        data.find(args.data)
     tokenizer_path = Path(args.tokenizer or default_tokenizer(args.out, config.tokens))
     if args.sample is not None:
         return sample_pictures(args, tokenizer_path, args.out / f"{config.mode}_{codes_name(tokenizer_path)}.pt")
-    train(args, config, trainer.override(TRAINING[preset], args), tokenizer_path)
+    train(args, config, training, tokenizer_path)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,7 @@ gradient. So a frozen step is cheaper (the paper: 1.15 s instead of 1.53 s); thi
 
 Letters as in tokenizer.py: B batch, H W pixels, L tokens, D width of the decoder, c length of a code vector.
 """
-import copy
 import re
-import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,29 +102,28 @@ def find_source(args, tokens):
     return max(shorter)[1]
 
 
-def step_ratio(run, model, reused, teacher, images, pairs=5):
-    """Seconds of a frozen forward and backward / those of a full one: medians of `pairs` of both, taken in turn, since
-    on a shared machine two times taken minutes apart cannot be compared."""
-    full, frozen = Stage1(copy.deepcopy(model)), Stage1(copy.deepcopy(model))
-    unfreeze(full.model)
-    freeze_reused(frozen.model, reused)
-    seconds = {full: [], frozen: []}
-    for _ in range(1 + pairs):
-        for stage in (full, frozen):
-            if images.is_cuda:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            with run.autocast():
-                loss = stage(images, teacher.encode(images).flatten(1))[0]
-            loss.backward()
-            if images.is_cuda:
-                torch.cuda.synchronize()
-            seconds[stage].append(time.perf_counter() - started)
-    return statistics.median(seconds[frozen][1:]) / statistics.median(seconds[full][1:])     # the first warms up
+def step_ratio(run, model, reused, teacher, images):
+    """Seconds of a frozen forward and backward / those of a full one, taken in turn. Leaves all of the model to train.
+    """
+    stage = Stage1(model)
+
+    def step(prepare, *args):
+        prepare(model, *args)
+        with run.autocast():
+            loss = stage(images, teacher.encode(images).flatten(1))[0]
+        loss.backward()
+        model.zero_grad()
+
+    unfreeze(model)
+    seconds = trainer.take_turns({"full": lambda: step(unfreeze), "frozen": lambda: step(freeze_reused, reused)}, 5,
+                                 images.device)
+    unfreeze(model)
+    return seconds["frozen"] / seconds["full"]
 
 
 def train(args):
-    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt")
+    data.find(args.data)
+    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt", make=vqgan.MAKE[args.config])
     tokens = {"toy": 16, "full": 64}[args.config] if args.tokens is None else args.tokens
     if tokens < 2:
         raise BadInput(f"--tokens {tokens}: HNT grows a tokenizer, so at least 2")
@@ -141,16 +137,17 @@ def train(args):
     suffix = "" if args.strategy == "reuse+finetune" else f"_{args.strategy}"
     frozen_steps = {"full": 0, "reuse": training.steps, "reuse+finetune": int(FROZEN_SHARE * training.steps)}
     frozen_steps = frozen_steps[args.strategy]
-    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
+    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=training.draft)
     run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config, training, reused=reused,
                       strategy=args.strategy, frozen_steps=frozen_steps, data=train_set.kind)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
 
-    teacher = teacher.to(run.device).requires_grad_(False)
+    teacher = teacher.to(run.device, memory_format=torch.channels_last).requires_grad_(False)   # faster convolutions
     model = NativeTok(config)
     if args.strategy == "full":     # random weights, but for the VQGAN's part
         grown = {**model.state_dict(), **{k: v for k, v in grown.items() if k.startswith("pixel_")}}
     model.load_state_dict(grown)
+    tokenizer.prepare(model, training)
     model = model.to(run.device)
 
     sample = [torch.from_numpy(train_set.get(i)) for i in range(min(run.piece // run.world, len(train_set)))]

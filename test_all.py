@@ -4,6 +4,7 @@ Order: what all tests use; the model; growth; training as real processes (resume
 scores; bad input, one line each. Scripts are run as a user runs them, in a folder `toy` that is made once, a few steps a
 stage, on `shapes`, so that nothing is downloaded.
 """
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -21,12 +22,15 @@ import time
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate
@@ -197,8 +201,85 @@ def test_parameter_counts_of_the_paper():
                 own = [p for name, p in model.named_parameters() if not name.startswith("pixel_")]
                 trained = sum(p.numel() for p in own if p.requires_grad)
                 assert trained / sum(p.numel() for p in own) == pytest.approx(share, abs=0.0005)
-        titok = tokenizer.TiTok(tokenizer.PRESETS["titok_full"])
+        titok = tokenizer.TiTok(tokenizer.PRESETS["titok_l_32"])
         assert sum(p.numel() for p in titok.parameters()) / 1e6 == pytest.approx(641.0, abs=0.06)
+
+
+def test_params_prints_the_counts_beside_the_papers():
+    text = run("python tokenizer.py --params")
+    blocks = {lines.split()[0]: lines for lines in re.split(r"\n(?=\w)", text)}
+    for name, total, paper, share in (("nativetok_32", "616.22", "616M", None), ("nativetok_64", "666.80", "666M", "56.2%"),
+                                      ("nativetok_128", "767.97", "766M", "55.3%"), ("titok_l_32", "641.02", "641M", None)):
+        assert total in blocks[name] and f"paper: {paper}" in blocks[name]
+        assert share is None or f"{share} train" in blocks[name]
+        parts = [float(m) for m in re.findall(r"^  (?!all|of).*? ([\d.]+)M", blocks[name], re.MULTILINE)]
+        assert sum(parts) == pytest.approx(float(total), abs=0.03)
+    assert {"titok_l_causal_32", "titok_b_64", "titok_s_128"} <= blocks.keys()
+    text = run("python generator.py --params")
+    assert all(words in text for words in ("110.89M", "published: 110.9M", "342.91M", "294.99M"))
+
+
+@pytest.mark.parametrize("name", ["toy", "titok_toy"])
+def test_counted_work_is_what_torch_counts(name):
+    """The formulas against every matrix product and convolution that runs. (On meta: torch does not count the CPU's
+    attention.)"""
+    config, meta = tokenizer.PRESETS[name], torch.device("meta")
+    model, counted = trainer.on_meta(lambda: tokenizer.build(config)).requires_grad_(False), tokenizer.macs(config)
+    tokens, grid = torch.zeros(1, config.tokens, config.code_dim, device=meta), config.grid
+
+    def work(forward):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            forward()
+        return counter.get_total_flops() / 2
+
+    encoder = sum(counted[part] for part in ("MIT", "experts", "encoder", "to_code, quantizer") if part in counted)
+    search = config.tokens * config.code_dim * config.codebook_size       # for the nearest code
+    assert work(lambda: model.latents(torch.empty(1, 3, 32, 32, device=meta))) + search == encoder
+    assert work(lambda: model.decoder(tokens)) == counted["token decoder"]
+    logits = torch.empty(1, grid ** 2, config.vqgan.codebook_size, device=meta)
+    assert work(lambda: model.paint(logits)) == counted["pixel decoder"]
+
+
+@pytest.mark.parametrize("name", ["ar_toy", "maskgit_toy"])
+def test_counted_work_of_generators_is_what_torch_counts(name):
+    config = generator.PRESETS[name]
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = generator.GENERATORS[config.mode](config)
+        model(torch.zeros(1, config.tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    assert counter.get_total_flops() / 2 == generator.macs(config)
+
+
+def test_recomputed_experts_give_the_same_gradients_and_keep_less():
+    model, images = tiny().train(), pictures()
+    results = []
+    for recompute in (False, True):
+        model.zero_grad()
+        model.mocet.recompute = recompute
+        z, kept = evaluate.kept(lambda: model.latents(images), model)
+        model.latents(images).square().mean().backward()
+        results.append((z, [p.grad.clone() for p in model.parameters() if p.grad is not None], kept))
+    (z, gradients, kept), (z_again, gradients_again, kept_less) = results
+    assert equal(z, z_again) and equal(gradients, gradients_again) and kept_less < 0.7 * kept
+
+
+def test_compiled_blocks_are_compiled_once_for_all_experts_and_equal_the_plain_ones():
+    """In a process of its own: compiling changes the class for good."""
+    done = run(f"""python -c "
+import torch, trainer
+from test_all import tiny, pictures
+from tokenizer import Block
+import torch._dynamo.utils as utils
+def step(model):
+    z = model.latents(pictures())
+    z.square().mean().backward()
+    return z.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+plain = step(tiny(tokens=12))
+trainer.compile_methods(Block, 'forward', 'last_position', backend='aot_eager')
+for a, b in zip(plain, step(tiny(tokens=12))):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+print('graphs', utils.counters['frames']['ok'])
+" """)
+    assert "graphs 3" in done       # MIT's blocks, the experts' first ones, the experts' last ones
 
 
 def test_toy_baseline_has_as_many_parameters():
@@ -299,6 +380,84 @@ def test_convnext_golden():
         np.testing.assert_allclose(model(images), golden["logits"], atol=1e-4)
         np.testing.assert_allclose(model.logits((images - model.mean) / model.std), golden["logits_native"], atol=1e-4)
         assert model.perceptual_loss(images[:1], images[1:2]).item() == pytest.approx(golden["perceptual_01"].item(), rel=1e-4)
+
+
+def test_titok_golden():
+    golden = np.load(ROOT / "assets/titok_s_golden.npz")
+    model = tokenizer.load_titok(rule_weights(asset_keys("titok_s_keys.json")), image_size=64)
+    image, codes = torch.from_numpy(golden["image"])[None], torch.from_numpy(golden["codes"])[None]
+    with torch.no_grad():
+        np.testing.assert_allclose(model.latents(image)[0].T, golden["z"][:, 0], atol=2e-5)
+        assert torch.equal(model.encode(image), codes)
+        z_q = model.quantizer.lookup(codes)
+        np.testing.assert_allclose(z_q[0].T, golden["z_q"][:, 0], atol=1e-6)
+        logits = model.decoder(z_q)                                         # [1, 16, 1024]
+        np.testing.assert_allclose(logits[0].T.reshape(1024, 4, 4), golden["logits"], atol=2e-5)
+        np.testing.assert_allclose(model.paint(logits)[0], golden["decoded"], atol=1e-4)
+
+
+def test_titok_l_32_takes_every_key_of_the_published_file():
+    keys = asset_keys("titok_l32_keys.json")
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in keys.items()}
+        model = tokenizer.load_titok(state)
+    assert sum(map(math.prod, keys.values())) == 641_054_735
+    c = model.config        # two tables of [32, 1024] are added up into one
+    assert trainer.count([model]) == 641_054_735 - 32 * 1024 and (c.tokens, c.width, c.heads) == (32, 1024, 16)
+    assert (c.encoder_layers, c.decoder_layers, c.codebook_size, c.code_dim, c.image_size) == (24, 24, 4096, 12, 256)
+
+
+def test_titok_weights_that_do_not_fit_are_refused():
+    keys = asset_keys("titok_s_keys.json")
+
+    def refuses(change, words):
+        state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+        change(state)
+        with torch.device("meta"), pytest.raises(BadInput, match=words) as error:
+            tokenizer.load_titok(state, image_size=64)
+        assert "\n" not in str(error.value)
+
+    refuses(lambda s: s.pop("encoder.ln_post.bias"), "1 entries missing, 0 unknown")
+    refuses(lambda s: s.update(more=torch.zeros(1)), "0 entries missing, 1 unknown")
+    refuses(lambda s: s.update({"decoder.ffn.0.weight": s["decoder.ffn.0.weight"].transpose(0, 1)}), "1 of another shape")
+    refuses(lambda s: s.pop("latent_tokens"), "no entry latent_tokens.*vq8k")
+    refuses(lambda s: s.update({"encoder.positional_embedding": torch.zeros(257, 512)}), "256 patches of 16 pixels")
+
+
+def test_a_public_titok_reconstructs_from_its_file(tmp_path):
+    """A one-layer TiTok with the published names, from a .safetensors file (written by hand here) and from a torch file."""
+    keys = {re.sub(r"512", "64", key): shape for key, shape in asset_keys("titok_s_keys.json").items()
+            if not re.search(r"transformer\.[1-7]\.", key)}
+    keys = {key: [257 if "positional" in key and n == 17 else n // 8 if n in (512, 1024, 1536, 2048) and "pixel" not in key
+                  and not (key == "decoder.ffn.2.weight" and i == 0) and key != "decoder.ffn.2.bias" else n
+                  for i, n in enumerate(shape)] for key, shape in keys.items()}
+    state = rule_weights(keys)
+    torch.save(state, tmp_path / "titok.bin")
+    header, content = {}, b""
+    for key, value in state.items():
+        raw = value.contiguous().numpy().tobytes()
+        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [len(content), len(content) + len(raw)]}
+        content += raw
+    text = json.dumps(header).encode()
+    (tmp_path / "titok.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    printed = []
+    for name in ("titok.bin", "titok.safetensors"):
+        text = run(f"python tokenizer.py --reconstruct {tmp_path}/photo.png --weights {tmp_path}/{name} --out {tmp_path}")
+        printed.append(re.search(r"photo.png: ([\d ]+)", text)[1].split())
+        assert Image.open(tmp_path / "reconstruct.png").size == (2 * 256 + 2, 256)
+    assert printed[0] == printed[1] and len(printed[0]) == 32
+    refused(f"python tokenizer.py --weights {tmp_path}/titok.bin", "--reconstruct")
+    refused(f"python tokenizer.py --reconstruct {tmp_path}/photo.png --weights {tmp_path}/none.bin", "none.bin", "not found")
+    refused(f"python tokenizer.py --reconstruct {tmp_path}/photo.png --weights {tmp_path}/titok.safetensors",
+            "pip install safetensors", PYTHONPATH=hide("safetensors", tmp_path))
+
+
+def hide(package, folder):
+    """A folder for PYTHONPATH in which importing the package fails as if it were not installed."""
+    (folder / "hidden" / package).mkdir(parents=True)
+    (folder / "hidden" / package / "__init__.py").write_text("raise ImportError('hidden by a test')")
+    return folder / "hidden"
 
 
 def test_weights_of_another_model_are_refused():
@@ -527,6 +686,22 @@ def test_two_ranks_with_half_the_batch_each_take_the_step_of_one(toy, tmp_path):
         equal_steps(two["model"], one["model"])
 
 
+def test_two_nodes_take_the_step_of_one(toy, tmp_path):
+    """torchrun --nnodes=2 on the loopback: two process groups of one rank each, as on two machines that share --out."""
+    outs = [folder_without(toy, tmp_path / name, "nativetok_4") for name in ("one", "two")]
+    command = (f"tokenizer.py --tokens 4 --revive_below 0 {SMALL} --steps 2 --learning_rate 1e-4 --warmup 1 --out ")
+    run(f"python {command} {outs[0]}")
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}",
+                               "--master_addr=127.0.0.1", "--master_port=29517", "--nproc_per_node=1",
+                               *f"{command} {outs[1]}".split()], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    one, two = (load(out / "nativetok_4.pt") for out in outs)
+    assert len(two["random"]) == 2
+    equal_steps(two["model"], one["model"])
+
+
 def test_accumulated_pieces_equal_the_whole_batch(toy, tmp_path):
     states = []
     for pieces in (1, 4):
@@ -621,6 +796,24 @@ def test_full_disk(toy, tmp_path):
     refused(f"ulimit -f 2000; {sys.executable} tokenizer.py --tokens 3 {SMALL} --out {out} --steps 2 --resume",
             "nativetok_3.pt: cannot be written", "unchanged")
     assert (out / "nativetok_3.pt").read_bytes() == before and not list(out.glob("*.writing"))
+
+
+def test_stage_2_starts_from_the_stage_1_file_that_was_asked_for(toy, tmp_path):
+    command = f"python tokenizer.py {SMALL} --out {tmp_path} --stage 2"
+    refused(f"{command} --checkpoint {toy}/nativetok_4_stage2.pt", "stage 2 already")
+    refused(f"{command} --tokens 2 --checkpoint {toy}/nativetok_4.pt", "--tokens 2", "has 4", "Leave it out")
+    refused(f"{command} --model titok --checkpoint {toy}/nativetok_4.pt", "--model titok", "nativetok")
+    refused(f"{command} --checkpoint {toy}/nativetok_4.pt --gan_weight 0", "--discriminator_first 100", "nobody learns")
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_the_folder_that_is_missing_is_named_before_a_checkpoint_is(tmp_path):
+    for command in ("vqgan.py", "tokenizer.py --tokens 128", "tokenizer.py --stage 2", "hnt.py", "generator.py --mode ar"):
+        refused(f"python {command} --config full --data {tmp_path}/imagenet --out {tmp_path}/out", "imagenet: no such folder",
+                "train/<class>/*")
+    (tmp_path / "imagenet" / "train" / "ant").mkdir(parents=True)
+    refused(f"python tokenizer.py --config full --data {tmp_path}/imagenet --out {tmp_path}/out", "vqgan.pt: not found",
+            "python vqgan.py --config full --weights")
 
 
 def test_missing_optional_weights(toy, tmp_path):
@@ -981,6 +1174,87 @@ def test_bad_folders(tmp_path, folder):
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_draft_is_close_to_a_full_decode_and_off_unless_asked_for(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "jpegs" / split / "ant").mkdir(parents=True)
+        for name, size in (("large", (300, 400)), ("small", (60, 50)), ("odd", (130, 129))):
+            noisy = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)    # detail, so that it shows
+            Image.blend(picture(1, *size), Image.fromarray(noisy), 0.3).save(tmp_path / "jpegs" / split / "ant"
+                                                                             / f"{name}.jpg", quality=95)
+    full, plain, draft = (data.open_dataset(str(tmp_path / "jpegs"), "train", 32, **how)
+                          for how in ({}, {"draft": False}, {"draft": True}))
+    assert full.files == ["ant/large.jpg", "ant/odd.jpg", "ant/small.jpg"]
+    assert full.fingerprint == plain.fingerprint != draft.fingerprint                    # other pixels, another name
+    for index, same_pixels in enumerate((False, False, True)):
+        want, drafted = full.get(index).astype(int), draft.get(index).astype(int)
+        path = full.root / full.files[index]
+        assert np.array_equal(want, data.read_image(path, 32).mul(255).round().numpy())
+        assert (abs(want - drafted).max() == 0) == same_pixels and abs(want - drafted).mean() < 4
+        assert same_pixels or 64 <= min(data.decode(path, 32, draft=True).size) < min(data.decode(path, 32).size)
+
+
+def long_ago(folder):
+    """As if nothing in it had changed for an hour."""
+    for root, _, _ in os.walk(folder):
+        os.utime(root, (time.time() - 3600,) * 2)
+
+
+def test_the_list_of_a_large_folder_is_kept_until_a_folder_changes(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "LISTS", tmp_path / "lists")
+    monkeypatch.setattr(data, "LARGE", 10)
+
+    def opened(name=str(folder)):
+        data.say.cache_clear()
+        dataset, said = data.open_dataset(name, "train", 16), capsys.readouterr().out
+        return dataset, "list from" in said
+    first, _ = opened()
+    assert not (tmp_path / "lists").exists()                                 # made just now: files may still come
+    long_ago(folder)
+    assert not opened()[1] and len(kept := list((tmp_path / "lists").iterdir())) == 1        # of train alone
+    again, from_list = opened()
+    assert from_list and again.fingerprint == first.fingerprint and again.files == first.files
+    assert again.classes == first.classes and np.array_equal(again.labels, first.labels)
+    monkeypatch.chdir(tmp_path)                                              # however the folder is called
+    assert opened("pictures")[1] and opened("pictures")[0].fingerprint == first.fingerprint
+
+    picture(5, 9, 9).save(folder / "train" / "ant" / "0.png")                # overwritten in place: not seen
+    assert opened()[0].fingerprint == first.fingerprint
+    kept[0].unlink()
+    overwritten, from_list = opened()
+    assert not from_list and overwritten.fingerprint != first.fingerprint
+
+    def add_deep():
+        (folder / "train" / "bee" / "deep").mkdir()
+        picture(1).save(folder / "train" / "bee" / "deep" / "a.png")
+    for change, count in ((lambda: picture(1).save(folder / "train" / "ant" / "new.png"), 25), (add_deep, 26),
+                          (lambda: picture(2).save(folder / "train" / "bee" / "deep" / "b.png"), 27),
+                          (lambda: (folder / "train" / "cat" / "0.png").unlink(), 26),
+                          (lambda: (folder / "train" / "cat" / "1.png").rename(folder / "train" / "cat" / "z.png"), 26),
+                          (lambda: (folder / "train" / "cat").rename(folder / "other"), 19),
+                          (lambda: kept[0].write_text("{"), 19), (lambda: kept[0].write_text("[]"), 19),
+                          (lambda: kept[0].write_text('{"folders": {}, "files": 3}'), 19)):
+        long_ago(folder)
+        assert opened()[0] and opened()[1]                                   # kept, and used
+        change()
+        dataset, from_list = opened()
+        assert not from_list and len(dataset) == count
+
+    monkeypatch.setattr(data, "LISTS", folder / "train" / "ant" / "new.png" / "lists")       # cannot be written
+    long_ago(folder)
+    assert len(opened()[0]) == 19
+
+
+def test_a_cmyk_jpeg_and_a_truncated_one_do_not_stop_a_run(folder, tmp_path):
+    ant = folder / "train" / "ant"
+    picture(1).convert("CMYK").save(ant / "0.jpg", quality=95)
+    picture(1).save(ant / "1.jpg", quality=95)
+    (ant / "1.jpg").write_bytes((ant / "1.jpg").read_bytes()[:-200])
+    for draft in (False, True):
+        dataset = data.open_dataset(str(folder), "train", 16, augment=True, draft=draft)
+        take(data.batches(dataset, 13, seed=0, workers=1), 4)                # two epochs
+        assert [dataset.files[index] for index in dataset.unreadable] == ["ant/1.jpg"]
+
+
 @pytest.fixture
 def damaged(tmp_path):
     """300 pictures in two classes, three of them broken in different ways, two of these at the end of their class."""
@@ -1052,21 +1326,23 @@ def test_read_image_of_nothing(tmp_path):
 
 class Brightness:
     """A tokenizer of 4 codes: the mean brightness of each quarter."""
-    calls, dies_at = 0, None
+    calls, dies_at, fails_at = 0, None, None
 
     def encode(self, images):
         self.calls += 1
         if self.calls == self.dies_at:
             os._exit(9)         # as kill -9
+        if self.calls == self.fails_at:
+            raise RuntimeError("out of order")
         return (torch.nn.functional.adaptive_avg_pool2d(images.mean(1), 2) * 255).long()     # [B, 2, 2]
 
 
 @pytest.fixture
 def extract(tmp_path, folder):
-    def extract(tokenizer, fingerprint="one", split="train", views=2, **options):
+    def extract(tokenizer, fingerprint="one", split="train", views=2, batch_size=5, **options):
         dataset = data.open_dataset(str(folder), split, 16)
         return data.token_cache(tokenizer, dataset, tmp_path / "cache" / "codes.npy", fingerprint, views=views,
-                                batch_size=5, **options)
+                                batch_size=batch_size, **options)
     return extract
 
 
@@ -1100,29 +1376,151 @@ def test_stale_and_damaged_caches_are_rebuilt(extract, folder, tmp_path, capsys)
         data.say.cache_clear()
         tokenizer = Brightness()
         assert np.array_equal(extract(tokenizer)[0], want) and tokenizer.calls == 10
-        assert capsys.readouterr().out.count("anew") == 1
+        assert capsys.readouterr().out.count("what is missing is extracted") == 1
     tokenizer = Brightness()
     extract(tokenizer, fingerprint="two")                                    # another tokenizer
     picture(77).save(folder / "train" / "ant" / "0.png")                     # other data
     extract(tokenizer, fingerprint="two")
-    assert tokenizer.calls == 20 and "another tokenizer" in (said := capsys.readouterr().out) and "anew" in said
+    said = capsys.readouterr().out
+    assert tokenizer.calls == 20 and "another tokenizer" in said and "what is missing is extracted" in said
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_a_killed_extraction_continues(extract, tmp_path, folder):
+def test_a_killed_extraction_continues(extract, tmp_path, folder, monkeypatch):
     want = np.array(extract(Brightness())[0])
     for name in ("codes.npy", "codes.json"):
         (tmp_path / "cache" / name).unlink()
     program = f"""
 import sys; sys.path[:0] = {[str(Path(data.__file__).parent), str(Path(__file__).parent)]!r}
 import data, {Path(__file__).stem} as tests
-tokenizer = tests.Brightness(); tokenizer.dies_at = 8
+data.BLOCK, tokenizer = 10, tests.Brightness(); tokenizer.dies_at = 8
 data.token_cache(tokenizer, data.open_dataset({str(folder)!r}, "train", 16),
-                 {str(tmp_path / "cache" / "codes.npy")!r}, "one", views=2, batch_size=5, save_every=2)"""
+                 {str(tmp_path / "cache" / "codes.npy")!r}, "one", views=2, batch_size=5)"""
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode == 9
-    assert json.loads((tmp_path / "cache" / "codes.json").read_text())["done"] == 10
+    assert [path.name for path in tmp_path.glob("cache/*/*")] == ["000000.npy"]
+    monkeypatch.setattr(data, "BLOCK", 10)
     tokenizer = Brightness()
     assert np.array_equal(extract(tokenizer)[0], want) and tokenizer.calls == 6
+
+
+def test_views_of_an_image():
+    images = pictures(2, size=35)
+    one, two, ten = data.views_of(images, 1, 32), data.views_of(images, 2, 32), data.views_of(images, 10, 32)
+    assert len(one) == 1 and torch.equal(one[0], images)
+    assert len(two) == 2 and torch.equal(two[0], images) and torch.equal(two[1], images.flip(-1))
+    assert len(ten) == 10 and all(view.shape == (2, 3, 32, 32) for view in ten)
+    assert all(torch.equal(flip, view.flip(-1)) for view, flip in zip(ten[:5], ten[5:]))
+    canvas = torch.zeros_like(images)
+    for view, corner in zip(ten, ((0, 0), (0, 3), (3, 0), (3, 3))):
+        y, x = corner
+        assert torch.equal(view, images[..., y:y + 32, x:x + 32])
+        canvas[..., y:y + 32, x:x + 32] = view
+    assert torch.equal(canvas, images)                                       # the four corners leave nothing out
+    assert torch.equal(data.views_of(images, 10, 33)[4], images[..., 1:34, 1:34])            # the middle
+    assert len(data.views_of(images, 10, 35)) == 10
+
+
+def test_extract_codes_of_ten_crops(folder, tmp_path):
+    dataset = data.open_dataset(str(folder), "train", int(1.1 * 16))
+    model = Brightness()
+    model.config = SimpleNamespace(image_size=16)
+    about = SimpleNamespace(config=replace(AR, views=10, codebook_size=256), training=trainer.TrainConfig(workers=0),
+                            device="cpu")
+    codes, labels = generator.extract_codes(about, model, "one", dataset, tmp_path / "codes.npy")
+    assert codes.shape == (10, 24, 4) and np.array_equal(labels, dataset.labels)
+    assert np.array_equal(codes[5:], codes[:5][..., [1, 0, 3, 2]])           # a flip swaps left and right quarters
+
+
+def test_parts_depend_neither_on_batches_nor_on_blocks(extract, tmp_path, monkeypatch):
+    want, path = np.array(extract(Brightness())[0]), tmp_path / "cache" / "codes.npy"
+    content, note = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    assert {other.name for other in path.parent.iterdir()} == {"codes.npy", "codes.json"}    # no parts are left
+    for block, batch_size, workers in ((7, 5, 0), (1, 3, 0), (8, 64, 2), (24, 24, 0)):
+        path.unlink()
+        monkeypatch.setattr(data, "BLOCK", block)
+        assert np.array_equal(extract(Brightness(), batch_size=batch_size, workers=workers)[0], want)
+        assert path.read_bytes() == content and path.with_suffix(".json").read_bytes() == note
+
+
+def test_only_parts_that_fit_are_used(extract, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 10)
+    cache, want = tmp_path / "cache", np.array(extract(Brightness())[0])
+
+    def cut_short(fingerprint="one"):
+        """An extraction that failed in its third part of three: the two before it are there."""
+        for path in cache.glob("codes.*[yn]"):
+            path.unlink()
+        tokenizer = Brightness()
+        tokenizer.fails_at = 9
+        with pytest.raises(RuntimeError, match="out of order"):
+            extract(tokenizer, fingerprint)
+        parts = sorted(cache.glob("codes.parts-*/*.npy"))
+        assert len(parts) == 2 and tokenizer.calls == 9
+        return parts
+    for damage, calls in ((lambda part: None, 2), (Path.unlink, 6), (lambda part: part.write_bytes(b""), 6),
+                          (lambda part: part.write_bytes(part.read_bytes()[:-1]), 6),
+                          (lambda part: part.write_bytes(b"nonsense" * 20), 6),
+                          (lambda part: part.with_name(f"{part.name}.writing").write_bytes(b"half"), 2),
+                          (lambda part: np.save(part, np.zeros((2, 9, 4), np.uint16)), 6),
+                          (lambda part: np.save(part, np.zeros((2, 10, 4), np.int64)), 6)):
+        damage(cut_short()[1])
+        tokenizer = Brightness()
+        assert np.array_equal(extract(tokenizer)[0], want) and tokenizer.calls == calls
+    stale = cut_short("two")[0].parent
+    (cache / "codes_b.parts-12345678").mkdir()                               # another tokenizer's
+    tokenizer = Brightness()
+    assert np.array_equal(extract(tokenizer)[0], want) and tokenizer.calls == 10 and not stale.exists()
+    stale.mkdir()
+    extract(Brightness())                                                    # also beside a cache that is whole
+    assert {path.name for path in cache.iterdir()} == {"codes.npy", "codes.json", "codes_b.parts-12345678"}
+
+
+def ranks_program(tmp_path, folder, **settings):
+    """A script that extracts with Brightness on every rank and prints how often that was called."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys; sys.path[:0] = {[str(Path(data.__file__).parent), str(Path(__file__).parent)]!r}
+import torch.distributed as dist
+import data, trainer, {Path(__file__).stem} as tests
+
+def main():
+    dist.init_process_group("gloo")
+    data.BLOCK, tokenizer = 4, tests.Brightness()
+    for name, value in {settings}.items() if dist.get_rank() == 1 else ():
+        setattr(tokenizer, name, value)
+    codes, labels = data.token_cache(tokenizer, data.open_dataset({str(folder)!r}, "train", 16),
+                                     {str(tmp_path / "cache" / "codes.npy")!r}, "one", views=2, batch_size=5)
+    assert codes.shape == (2, 24, 4) and len(labels) == 24
+    sys.stdout.write(f"rank {{dist.get_rank()}}: {{tokenizer.calls}} calls\\n")
+trainer.launch(main)""")
+    return f"torchrun --nproc_per_node=2 --master_port={{}} {program}"
+
+
+def test_ranks_share_the_parts_and_go_on_with_what_one_rank_left(extract, tmp_path, folder, monkeypatch):
+    cache, want = tmp_path / "cache", np.array(extract(Brightness())[0])
+    (cache / "codes.npy").unlink()
+    monkeypatch.setattr(data, "BLOCK", 4)                                    # six parts
+    tokenizer = Brightness()
+    tokenizer.fails_at = 6                                                   # in the third
+    with pytest.raises(RuntimeError, match="out of order"):
+        extract(tokenizer)
+    said = run(ranks_program(tmp_path, folder).format(29523))
+    assert "rank 0: 4 calls" in said and "rank 1: 4 calls" in said, said     # parts 2 and 4, parts 3 and 5
+    tokenizer = Brightness()
+    assert np.array_equal(extract(tokenizer)[0], want) and tokenizer.calls == 0
+    assert {path.name for path in cache.iterdir()} == {"codes.npy", "codes.json"}
+
+
+def test_a_rank_that_fails_ends_the_others_and_what_is_done_stays(extract, tmp_path, folder, monkeypatch):
+    want = np.array(extract(Brightness())[0])
+    (tmp_path / "cache" / "codes.npy").unlink()
+    said = run(ranks_program(tmp_path, folder, fails_at=4).format(29524), code=1)
+    assert "out of order" in said and "calls" not in said                    # and did not wait for ever
+    done = {int(part.stem) for part in tmp_path.glob("cache/codes.parts-*/*.npy")}
+    assert 1 in done and not done & {3, 5}
+    monkeypatch.setattr(data, "BLOCK", 4)
+    tokenizer = Brightness()
+    assert np.array_equal(extract(tokenizer)[0], want) and tokenizer.calls == 2 * (6 - len(done))
 
 
 # -- pictures and the command line ------------------------------------------------------------------------------------
@@ -1417,6 +1815,33 @@ def test_config_refuses(change):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores (evaluate.py)
+
+def test_estimated_memory_is_what_a_real_run_keeps():
+    """The estimate runs on pretended tensors; the bytes that autograd keeps must be those of a real run."""
+    sizes = []
+    for mode in (FakeTensorMode(), contextlib.nullcontext()):
+        with mode:
+            model, images = tokenizer.build(TINY), torch.rand(2, 3, 16, 16)
+            sizes.append(evaluate.kept(lambda: model.decoder(model.quantizer(model.latents(images))[0]), model)[1])
+    assert sizes[0] == sizes[1] > 10_000
+
+
+def test_memory_table_falls_with_recompute_and_batch():
+    whole, half = evaluate.memory_of("nativetok_32", 64), evaluate.memory_of("nativetok_32", 32)
+    assert whole["all with --recompute"] < whole["all"] and half["all"] < whole["all"]
+    kept = [key for key in whole if key.startswith("kept") and whole[key]]
+    assert len(kept) == 3 and all(half[key] == pytest.approx(whole[key] / 2, rel=0.1) for key in kept)
+    assert whole["gradients"] == 4 * 585_477_644
+
+
+@pytest.mark.parametrize("name", ["toy", "titok_toy", "ar_toy", "maskgit_toy"])
+def test_no_operator_of_a_step_makes_the_cpu_wait_for_the_gpu(name):
+    step = evaluate.training_step(name, torch.device("cpu"), 2)
+    step()
+    calls = evaluate.operators(step, torch.device("cpu"))
+    assert calls["aten::linear"] > 20 and not calls.keys() & evaluate.WAITING
+    assert evaluate.operators(lambda update: torch.ones(3).sum().item(), torch.device("cpu")).keys() & evaluate.WAITING
+
 
 def test_frechet_distance_of_two_gaussians():
     rng = np.random.default_rng(0)

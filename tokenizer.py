@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=4 tokenizer.py --tokens 128     # full (what runs where CUDA is present), 4 GPUs
 
 The idea. An image is read once by a transformer (the Meta Image Transformer, MIT); its result X_latent is locked: all
-experts read the same and none changes it. Then L small transformers, the experts (MoCET), write one token each, in
+experts read the same and none rewrites it (gradients do flow back into MIT). Then L small transformers, the experts (MoCET), write one token each, in
 order: expert i sees X_latent and the tokens z_0 .. z_{i-1} that are already written, and writes z_i. So token i cannot
 depend on a later one, and what a generator has to learn afterwards, p(z_i | z_0 .. z_{i-1}), is how the tokens were
 made in the first place.
@@ -23,15 +23,18 @@ that decides the codes is frozen, so that generators trained on the codes stay v
 A code is a number 0 .. K-1; its code vector, a row of the codebook, has c entries.
 Letters: B batch, H W pixels, P patches the MIT sees, L tokens, D width of MIT and decoder, d width of the experts,
 c length of a code vector, K codes, G side of the VQGAN's grid, V codes of the VQGAN and C entries of their vectors,
-h heads, T a sequence's length.
+h heads, T a sequence's length (but T_i, in the equations, is expert i).
 Images are float32 [B, 3, H, W] in [0, 1]. Section and equation numbers are the paper's.
 """
+import functools
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import trainer
@@ -86,11 +89,19 @@ class TokenizerConfig:
 
 TOY = TokenizerConfig(tokens=16, patch_size=8, width=128, encoder_layers=4, decoder_layers=2, heads=4, expert_width=64,
                       expert_heads=2, code_dim=8, codebook_size=512, revive_below=0.05, vqgan=vqgan.PRESETS["toy"])
+FULL = TokenizerConfig()
+TITOK_L = replace(FULL, model="titok", encoder_layers=24)
 PRESETS = {
     "toy": TOY,
-    "full": TokenizerConfig(),                                                  # NativeTok-32; --tokens 64, 128
     "titok_toy": replace(TOY, model="titok", encoder_layers=12),                # as many parameters as NativeTok-16
-    "titok_full": TokenizerConfig(model="titok", encoder_layers=24),            # TiTok-L-32
+    "full": FULL,
+    "nativetok_32": FULL,
+    "nativetok_64": replace(FULL, tokens=64),
+    "nativetok_128": replace(FULL, tokens=128),
+    "titok_l_32": TITOK_L,
+    "titok_l_causal_32": replace(TITOK_L, model="titok_causal"),                # paper, Table 3a
+    "titok_b_64": replace(TITOK_L, tokens=64, width=768, heads=12, encoder_layers=12, decoder_layers=12),
+    "titok_s_128": replace(TITOK_L, tokens=128, width=512, heads=8, encoder_layers=8, decoder_layers=8),
 }
 TRAINING = {
     ("toy", 1): TrainConfig(steps=1600, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5, warmup=50, ema=0.99,
@@ -98,7 +109,7 @@ TRAINING = {
     ("toy", 2): TrainConfig(steps=400, batch_size=16, learning_rate=2e-4, end_learning_rate=1e-5, warmup=20, ema=0.99,
                             beta2=0.999, workers=0, log_every=25, save_every=200, preview_every=200),
     ("full", 1): TrainConfig(),
-    ("full", 2): TrainConfig(beta2=0.999),
+    ("full", 2): TrainConfig(beta2=0.999, accumulate=2),        # 64 images at once are more than 80 GB hold
 }
 
 
@@ -120,8 +131,9 @@ class Stage2Config:
     def __post_init__(self):
         trainer.choose("--perceptual", self.perceptual, ("small", "convnext", "none"))
         trainer.choose("--discriminator", self.discriminator, ("patch", "features"))
-        if self.discriminator_first and self.gan_start:
-            raise BadInput(f"--discriminator_first {self.discriminator_first}: needs --gan_start 0, or nobody learns")
+        if self.discriminator_first and (self.gan_start or self.gan_weight <= 0):
+            raise BadInput(f"--discriminator_first {self.discriminator_first}: needs --gan_start 0 and a --gan_weight, or "
+                           f"nobody learns in these steps. Set it to 0")
         if self.discriminator == "features" and self.perceptual != "small":
             raise BadInput(f"--discriminator features: needs --perceptual small, not {self.perceptual}. Use patch")
 
@@ -133,6 +145,11 @@ STAGE2 = {"toy": Stage2Config(perceptual="small", gan_weight=0.1, gan_start=0, s
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformer parts, shared by all models below
+
+def normal(*shape, std):
+    """A parameter of this shape, drawn from N(0, std^2)."""
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
+
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention and an MLP four times as wide, each with a skip. In an expert D is d."""
@@ -175,8 +192,8 @@ class ImageTransformer(nn.Module):
         super().__init__()
         width = config.width
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size)
-        self.class_token = nn.Parameter(width ** -0.5 * torch.randn(1, 1, width))
-        self.positions = nn.Parameter(width ** -0.5 * torch.randn(1, config.patches + 1, width))
+        self.class_token = normal(1, 1, width, std=width ** -0.5)
+        self.positions = normal(1, config.patches + 1, width, std=width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.encoder_layers))
         self.ln_post = nn.LayerNorm(width)
@@ -200,10 +217,10 @@ class TokenDecoder(nn.Module):
         super().__init__()
         width, cells = config.width, config.grid ** 2
         self.embed = nn.Linear(config.code_dim, width)
-        self.class_token = nn.Parameter(width ** -0.5 * torch.randn(1, 1, width))
-        self.mask_token = nn.Parameter(width ** -0.5 * torch.randn(1, 1, width))        # stands at each grid cell
-        self.positions = nn.Parameter(width ** -0.5 * torch.randn(1, cells + 1, width))
-        self.latent_positions = nn.Parameter(width ** -0.5 * torch.randn(1, config.tokens, width))
+        self.class_token = normal(1, 1, width, std=width ** -0.5)
+        self.mask_token = normal(1, 1, width, std=width ** -0.5)        # stands at each grid cell
+        self.positions = normal(1, cells + 1, width, std=width ** -0.5)
+        self.latent_positions = normal(1, config.tokens, width, std=width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.decoder_layers))
         self.ln_post = nn.LayerNorm(width)
@@ -242,7 +259,7 @@ class Expert(nn.Module):
 
     def __init__(self, width, heads, layers):
         super().__init__()
-        self.position = nn.Parameter(0.02 * torch.randn(width))             # marks token i, here and for later experts
+        self.position = normal(width, std=0.02)             # marks token i, here and for later experts
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
     def forward(self, x):
@@ -266,7 +283,8 @@ class MoCET(nn.Module):
 
     def __init__(self, tokens, width, heads, layers):
         super().__init__()
-        self.pad_token = nn.Parameter(0.02 * torch.randn(1, 1, width))      # z_padding, one for all experts
+        self.recompute = False      # True: keep of an expert's insides nothing for the backward pass, but run it again
+        self.pad_token = normal(1, 1, width, std=0.02)      # z_padding, one for all experts
         self.experts = nn.ModuleList(Expert(width, heads, layers) for _ in range(tokens))
 
     def forward_plain(self, x_latent):
@@ -285,7 +303,8 @@ class MoCET(nn.Module):
         sequence, z = x_latent, []                                          # sequence: [B, P + i, d]
         for expert in self.experts:
             pad = (self.pad_token + expert.position).expand(len(x_latent), -1, -1)      # [B, 1, d]
-            z_i = expert(torch.cat([sequence, pad], dim=1))                 # [B, 1, d]
+            x = torch.cat([sequence, pad], dim=1)                           # [B, P + i + 1, d]
+            z_i = checkpoint(expert, x, use_reentrant=False) if self.recompute else expert(x)      # [B, 1, d]
             sequence = torch.cat([sequence, z_i + expert.position], dim=1)
             z.append(z_i)
         return torch.cat(z, dim=1)                                          # [B, L, d]
@@ -301,8 +320,9 @@ class NativeTok(nn.Module):
         super().__init__()
         self.config = config
         self.make_encoder(config)
-        # Another quantizer goes here, with the methods of vqgan.VectorQuantizer: q(z) -> (z_q with z's gradient, loss,
-        # codes), codes(z), lookup(codes), track_usage(z, codes, revive_below), use() -> {name: value} for the log.
+        # Another quantizer goes here, with the methods of vqgan.VectorQuantizer: q(z) -> (z_q, straight-through; loss;
+        # codes), codes(z), lookup(codes), track_usage(z, codes, revive_below), use() -> {name: value} for the log. It
+        # wants a field of TokenizerConfig that chooses it; at the end of this file load_titok and macs know this one.
         self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim, l2_norm=True)      # as TiTok's
         self.decoder = TokenDecoder(config)
         # The VQGAN's codebook and decoder travel in the tokenizer's file, since stage 2 changes the decoder.
@@ -353,9 +373,11 @@ class TiTok(NativeTok):
     image sees no latent, or a later latent would reach an earlier one through it.
     """
 
+    legacy = False      # True: the published weights' own order of numbers, see load_titok
+
     def make_encoder(self, config):
         self.encoder = ImageTransformer(config)
-        self.latent_tokens = nn.Parameter(config.width ** -0.5 * torch.randn(1, config.tokens, config.width))
+        self.latent_tokens = normal(1, config.tokens, config.width, std=config.width ** -0.5)
         self.to_code = nn.Linear(config.width, config.code_dim)             # D -> c
         seen_by_all = config.patches + 1
         mask = torch.ones(seen_by_all + config.tokens, seen_by_all + config.tokens, dtype=torch.bool).tril()
@@ -364,7 +386,10 @@ class TiTok(NativeTok):
 
     def latents(self, images):
         latents = self.latent_tokens.expand(len(images), -1, -1)            # [B, L, D]
-        return self.to_code(self.encoder(images, latents, self.mask)[:, -self.config.tokens:])     # [B, L, c]
+        latents = self.encoder(images, latents, self.mask)[:, -self.config.tokens:]        # [B, L, D]
+        if self.legacy:     # the memory of [L, D] read as if it were [D, L], then transposed: each latent is a mix
+            latents = latents.reshape(len(images), -1, self.config.tokens).transpose(1, 2)
+        return self.to_code(latents)                                        # [B, L, c]
 
 
 def initialize(module):
@@ -395,6 +420,7 @@ def load_tokenizer(path, device="cpu"):
     checkpoint = trainer.load_checkpoint(path, "tokenizer", make="python tokenizer.py", device=device)
     model = build(TokenizerConfig(**checkpoint["config"]))
     trainer.load_weights(model, checkpoint["ema"]["model"], path)
+    model.fine_tuned = "losses" in checkpoint.get("settings", {})           # True: after stage 2
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -447,19 +473,38 @@ def save_preview(model, originals, path):
     data.save_picture(data.picture_grid(torch.cat([originals, reconstructions]).cpu(), len(originals), scale=2), path)
 
 
+def chosen_config(args):
+    """The preset that the command line names or implies, with what it overrides."""
+    titok = getattr(args, "model", "nativetok") != "nativetok"
+    default = {"toy": "titok_toy", "full": "titok_l_32"}[args.config] if titok else args.config
+    return trainer.override(PRESETS[args.preset or default], args)
+
+
+def prepare(model, training):
+    """--compile: Block's methods, for every model of this process. --recompute: MoCET.forward, in training. What they
+    compute is the same but for rounding."""
+    if training.compile:
+        trainer.compile_methods(Block, "forward", "last_position")
+    if hasattr(model, "mocet"):
+        model.mocet.recompute = training.recompute
+    elif training.recompute:
+        raise BadInput("--recompute: is for experts, and only NativeTok has them. Use --accumulate to save memory")
+
+
 def train_stage1(args):
-    preset = args.config if getattr(args, "model", "nativetok") == "nativetok" else f"titok_{args.config}"
-    config, training = trainer.override(PRESETS[preset], args), trainer.override(TRAINING[args.config, 1], args)
-    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt")
+    config, training = chosen_config(args), trainer.override(TRAINING[args.config, 1], args)
+    data.find(args.data)        # what takes a user longest to get is missed first
+    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt", make=vqgan.MAKE[args.config])
     config = replace(config, vqgan=teacher.config)
-    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
+    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=training.draft)
     run = trainer.Run(args, "tokenizer", checkpoint_name(config), config, training, data=train_set.kind)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
 
-    teacher = teacher.to(run.device).requires_grad_(False)
+    teacher = teacher.to(run.device, memory_format=torch.channels_last).requires_grad_(False)   # faster convolutions
     model = build(config)
     model.pixel_codebook.weight.data.copy_(teacher.quantize.codebook())
     model.pixel_decoder.load_state_dict(teacher.decoder.state_dict())
+    prepare(model, training)
     model = model.to(run.device)
     stage = run.parallel(Stage1(model))
     optimizer = run.adamw(model.parameters())           # it takes what requires a gradient: all but the VQGAN's part
@@ -522,16 +567,23 @@ class DiscriminatorLoss(nn.Module):
 
 
 def train_stage2(args):
+    data.find(args.data)
     source = default_stage1(args)
     model = load_tokenizer(source)
+    for name in ("model", "tokens"):
+        if getattr(args, name, getattr(model.config, name)) != getattr(model.config, name):
+            raise BadInput(f"--{name} {getattr(args, name)}: {source} has {getattr(model.config, name)}. Leave it out")
+    if model.fine_tuned:
+        raise BadInput(f"{source}: has been through stage 2 already. Start from the stage 1 file")
     config, training = model.config, trainer.override(TRAINING[args.config, 2], args)
     weights = trainer.override(STAGE2[args.config], args)
-    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
+    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=training.draft)
     run = trainer.Run(args, "tokenizer", checkpoint_name(config, stage=2), config, training, losses=asdict(weights),
                       data=train_set.kind)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
     perceptual = vqgan.perceptual_network(weights.perceptual, train_set, args.out, args.convnext, run.device)
 
+    prepare(model, training)
     model = model.to(run.device, memory_format=torch.channels_last)         # faster convolutions, same numbers
     for p in model.decoder.head[-1].parameters():       # a resumed run's state comes later, with run.track
         p.data *= weights.sharpen
@@ -586,7 +638,7 @@ def default_stage1(args):
     """The stage 1 file that stage 2 starts from: --checkpoint, or the one of --model and --tokens in the folder."""
     if args.checkpoint:
         return args.checkpoint
-    asked = replace(PRESETS[args.config], **{f: getattr(args, f) for f in ("model", "tokens") if hasattr(args, f)})
+    asked = chosen_config(args)
     path = args.out / f"{checkpoint_name(asked)}.pt"
     if not path.exists():
         raise BadInput(f"{path}: not found. Train it first: python tokenizer.py --model {asked.model} "
@@ -595,13 +647,136 @@ def default_stage1(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Only for scale: public weights, and counting parameters and work. Whoever reads for the method can stop here.
+
+def load_titok(path_or_state_dict, image_size=256):
+    """The public weights of TiTok-L-32, -B-64 or -S-128 as a TiTok in eval mode; sizes are read off the shapes.
+
+    These three were trained with a slip: before the last layer the encoder's [L, D] numbers are reinterpreted, not
+    transposed, as [D, L], so that each latent mixes many tokens. Their weights mean nothing without it (`legacy`).
+    Raises BadInput if keys or shapes are not theirs; TiTok's later models (vq8k, vae) are others.
+    """
+    state, what = vqgan.read_weights(path_or_state_dict), "TiTok weights"
+    for name in ("latent_tokens", "encoder.patch_embed.weight", "encoder.positional_embedding", "decoder.ffn.0.weight",
+                 "quantize.embedding.weight", "pixel_quantize.embedding.weight"):
+        if name not in state:
+            raise BadInput(f"{what}: no entry {name} among {len(state)}. Is it TiTok-L-32, -B-64 or -S-128? The later "
+                           f"ones, vq8k and vae, are not supported")
+    (tokens, width), patch_size = state["latent_tokens"].shape, state["encoder.patch_embed.weight"].shape[-1]
+    patches = len(state["encoder.positional_embedding"]) - 1
+    if patches != (image_size // patch_size) ** 2:
+        raise BadInput(f"{what}: for {patches} patches of {patch_size} pixels, not for --image_size {image_size}")
+    encoder, decoder = (len({name.split(".")[2] for name in state if name.startswith(f"{part}.transformer.")})
+                        for part in ("encoder", "decoder"))
+    codebook_size, code_dim = state["quantize.embedding.weight"].shape
+    config = TokenizerConfig(model="titok", tokens=tokens, patch_size=patch_size, width=width, heads=width // 64,
+                             encoder_layers=encoder, decoder_layers=decoder, code_dim=code_dim,
+                             codebook_size=codebook_size, vqgan=VQGANConfig(image_size=image_size))
+    model = TiTok(config)
+    model.legacy = True
+    ours = {}
+    for name, value in state.items():
+        for theirs, mine in TITOK_NAMES:
+            name = name.replace(theirs, mine)
+        ours[name] = value
+    # two tables that are only ever added up, and numbers that they store in other shapes
+    ours["latent_tokens"] = (ours["latent_tokens"] + ours.pop("encoder.latent_positions", 0))[None]     # [1, L, D]
+    for name, value in model.state_dict().items():
+        if name in ours and [n for n in ours[name].shape if n > 1] == [n for n in value.shape if n > 1]:
+            ours[name] = ours[name].reshape(value.shape)            # 1x1 convolutions, and a leading 1
+    ours.setdefault("quantizer.usage", model.quantizer.usage)       # ours alone: the public files do not count use
+    trainer.load_weights(model, ours, path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else what)
+    return model.eval().requires_grad_(False)
+
+
+TITOK_NAMES = (     # theirs -> ours, in this order
+    ("pixel_quantize.embedding", "pixel_codebook"), ("quantize.embedding", "quantizer.embedding"),
+    ("latent_token_positional_embedding", "latent_positions"), ("positional_embedding", "positions"),
+    ("class_embedding", "class_token"), ("encoder.conv_out", "to_code"), ("decoder_embed", "embed"),
+    (".ffn.", ".head."), (".transformer.", ".blocks."), (".ln_1.", ".norm1."), (".ln_2.", ".norm2."), ("attn.in_proj_", "qkv."),
+    ("attn.out_proj", "proj"), ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.2"))
+
+
+def parts_of(model):
+    """{part: its modules and parameters}: all of the model, each number in one part."""
+    if isinstance(model, TiTok):
+        parts = {"encoder": [model.encoder, model.latent_tokens]}
+    else:
+        parts = {"MIT": [model.mit], "experts": [model.mocet]}
+    return {**parts, "to_code, quantizer": [model.to_code, model.quantizer], "token decoder": [model.decoder],
+            "pixel decoder": [model.pixel_codebook, model.pixel_decoder]}
+
+
+def block_macs(length, width, asking=None):
+    """Multiply-adds of a Block on `length` positions, of which `asking` (default: all) are wanted afterwards."""
+    asking = length if asking is None else asking
+    return (2 * length + 10 * asking) * width ** 2 + 2 * asking * length * width
+
+
+def macs(config):
+    """{part: multiply-adds for one image}, norms and softmax left out. The pixel decoder's are counted by torch."""
+    c, cells = config, config.grid ** 2
+    codes = c.tokens * c.code_dim * c.codebook_size
+    read = c.patches * 3 * c.patch_size ** 2 * c.width                                  # the patch convolution
+    if c.model == "nativetok":
+        read += c.encoder_layers * block_macs(1 + c.patches, c.width)
+        lengths = [c.patches + i + 1 for i in range(c.tokens)]
+        experts = sum((c.expert_layers - 1) * block_macs(t, c.expert_width) + block_macs(t, c.expert_width, 1)
+                      for t in lengths)
+        parts = {"MIT": read + c.patches * c.width * c.expert_width, "experts": experts,
+                 "to_code, quantizer": c.tokens * c.expert_width * c.code_dim + codes}
+    else:
+        parts = {"encoder": read + c.encoder_layers * block_macs(1 + c.patches + c.tokens, c.width),
+                 "to_code, quantizer": c.tokens * c.width * c.code_dim + codes}
+    head = cells * 2 * c.width * (c.width + c.vqgan.codebook_size)
+    decoder = c.decoder_layers * block_macs(1 + cells + c.tokens, c.width) + head + c.tokens * c.code_dim * c.width
+    return {**parts, "token decoder": decoder,
+            "pixel decoder": pixel_macs(c.vqgan) + cells * c.vqgan.codebook_size * c.vqgan.code_dim}
+
+
+@functools.cache
+def pixel_macs(config):
+    pixels = trainer.on_meta(lambda: vqgan.Decoder(config))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pixels(torch.empty(1, config.code_dim, config.grid, config.grid, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+# preset: (parameters in millions, share that trains under HNT in percent), as the paper has them
+PAPER = {"nativetok_32": (616, None), "nativetok_64": (666, 56), "nativetok_128": (766, 55), "titok_l_32": (641, None)}
+
+
+def print_params():
+    """The table of --params: parameters and multiply-adds of every full preset, by part. No weights are made."""
+    for name in ("nativetok_32", "nativetok_64", "nativetok_128", "titok_l_32", "titok_l_causal_32", "titok_b_64",
+                 "titok_s_128"):
+        config = PRESETS[name]
+        model = trainer.on_meta(lambda: build(config))
+        counts = {part: trainer.count(members) for part, members in parts_of(model).items()}
+        total, work, (paper, paper_share) = sum(counts.values()), macs(config), PAPER.get(name, (None, None))
+        print(f"{name:<22} {'parameters':>11} {'share':>6} {'GMACs an image':>15}")
+        for part, count in counts.items():
+            print(f"  {part:<20} {count / 1e6:>10.2f}M {count / total:>6.1%} {work[part] / 1e9:>15.2f}")
+        print(f"  {'all':<20} {total / 1e6:>10.2f}M {'':>6} {sum(work.values()) / 1e9:>15.2f}"
+              + (f"   paper: {paper}M" if paper else ""))
+        if paper_share:         # frozen: MIT, the first half of the experts, to_code, quantizer; HNT's paper share
+            new = trainer.count(model.mocet.experts[config.tokens // 2:])
+            trains = (new + counts["token decoder"]) / (total - counts["pixel decoder"])
+            print(f"  of {(total - counts['pixel decoder']) / 1e6:.2f}M without the pixel decoder {trains:.1%} train "
+                  f"under HNT; paper: {paper_share} %")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def reconstruct(args):
     """Write original beside reconstruction for each image, and print the codes."""
-    tokens = getattr(args, "tokens", PRESETS[args.config].tokens)
-    path = args.checkpoint or default_tokenizer(args.out, tokens, getattr(args, "model", "nativetok"))
-    model = load_tokenizer(path, args.device)
+    if args.weights:
+        path, model = args.weights, load_titok(args.weights).to(args.device)
+    else:
+        config = chosen_config(args)
+        path = args.checkpoint or default_tokenizer(args.out, config.tokens, config.model)
+        model = load_tokenizer(path, args.device)
     images = torch.stack([data.read_image(p, model.config.image_size) for p in args.reconstruct])     # [B, 3, H, W]
     codes = model.encode(images.to(args.device))                   # [B, L]
     both = torch.stack([images, model.decode_codes(codes).cpu()], dim=1).flatten(0, 1)
@@ -621,9 +796,16 @@ def main():
                         help="the stage 1 tokenizer that --stage 2 starts from, or the one that --reconstruct uses")
     parser.add_argument("--convnext", metavar="FILE", default="weights/convnext_small.pth",
                         help="torchvision's convnext_small weights, for --perceptual convnext")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: that of --model and --config")
     parser.add_argument("--reconstruct", metavar="IMAGE", nargs="+", help="do this instead of training")
+    parser.add_argument("--weights", metavar="FILE", help="--reconstruct with a public TiTok (L-32, B-64 or S-128)")
+    parser.add_argument("--params", action="store_true", help="print how large the full models are, and stop")
     args = trainer.parse(parser)
-    if args.reconstruct:
+    if args.weights and not args.reconstruct:
+        raise BadInput(f"--weights {args.weights}: only with --reconstruct IMAGE...")
+    if args.params:
+        print_params()
+    elif args.reconstruct:
         reconstruct(args)
     elif args.stage == 1:
         train_stage1(args)

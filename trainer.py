@@ -30,6 +30,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -39,6 +40,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 
@@ -137,7 +140,10 @@ class TrainConfig:
     clip: float = 1.0               # largest gradient norm
     ema: float = 0.999              # decay of the averaged weights, which every later stage uses
     bf16: bool = True               # bfloat16 autocast where CUDA is present
+    compile: bool = False           # torch.compile the transformer blocks: minutes at the start, faster steps on a GPU
+    recompute: bool = False         # stage 1, HNT: run experts again in the backward pass, to save memory
     workers: int = 8                # processes that decode images, a rank
+    draft: bool = True              # decode large JPEGs at a fraction of their size: faster, never below the crop's
     log_every: int = 100            # steps between two lines of the log
     save_every: int = 5_000         # steps between two checkpoints
     preview_every: int = 5_000      # steps between two preview pictures
@@ -259,6 +265,50 @@ def load_weights(model, state_dict, path):
     model.load_state_dict(state_dict)
 
 
+def compile_methods(cls, *names, backend="inductor"):
+    """torch.compile these methods of a class, and so each once for all its instances: 128 experts share one graph.
+    dynamic: sequences grow from expert to expert, and each length would be compiled afresh."""
+    for name in names:
+        setattr(cls, name, torch.compile(getattr(cls, name), dynamic=True, backend=backend))
+
+
+def take_turns(forms, rounds, device):
+    """{name: median seconds} of the functions {name: form}, run in turn `rounds` times after a warm-up round: on a
+    shared machine two times taken minutes apart cannot be compared, their ratio within a round can."""
+    seconds = {name: [] for name in forms}
+    for i in range(rounds + 1):
+        for name, form in forms.items():
+            synchronize(device)
+            started = time.perf_counter()
+            form()
+            synchronize(device)
+            seconds[name] += [time.perf_counter() - started] if i else []
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def on_meta(build):
+    """build() on the meta device: shapes without memory, and no time spent on drawing weights."""
+    with torch.device("meta"), Unfilled():
+        return build()
+
+
+class Unfilled(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__.endswith(("normal_", "uniform_")):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def count(members):
+    """Numbers in parameters and modules (buffers left out)."""
+    return sum(p.numel() for m in members for p in (m.parameters() if isinstance(m, nn.Module) else [m]))
+
+
 class Ema:
     """Exponential moving average of a model's weights (Polyak averaging). Early steps use a shorter memory."""
 
@@ -321,7 +371,8 @@ class Run:
         self.args, self.stage, self.config, self.training = args, stage, config, training
         self.settings = {"seed": args.seed, **settings}
         # not "accumulate": it changes which images a step sees
-        self.free = {"steps", "workers", "log_every", "save_every", "preview_every", "bf16", *free}
+        self.free = {"steps", "workers", "log_every", "save_every", "preview_every", "bf16", "compile", "recompute",
+                     *free}
         self.device = choose_device(args.device)
         self.rank, self.world = setup_ranks(self.device)
         self.main = self.rank == 0
@@ -421,7 +472,8 @@ class Run:
         if self.world == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+        # gradients live in the buckets that cross ranks, not beside them: 4 bytes a parameter less
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
     def pieces(self, batches, module):
         """The --accumulate pieces of one step's batch, on the device; gradients cross ranks with the last one only, so

@@ -260,9 +260,13 @@ class VQGAN(nn.Module):
         return self.decoder(z_q.permute(0, 3, 1, 2)), loss, z, codes
 
 
-def load_vqgan(path, device="cpu"):
-    """A trained VQGAN in eval mode, with its averaged weights. Raises BadInput if the file is not one."""
-    checkpoint = trainer.load_checkpoint(path, "vqgan", make="python vqgan.py", device=device)
+MAKE = {"toy": "python vqgan.py", "full": "python vqgan.py --config full --weights maskgit-vqgan-imagenet-f16-256.bin"}
+
+
+def load_vqgan(path, device="cpu", make=MAKE["toy"]):
+    """A trained VQGAN in eval mode, with its averaged weights. Raises BadInput if the file is not one; make: the
+    command that it then names."""
+    checkpoint = trainer.load_checkpoint(path, "vqgan", make=make, device=device)
     model = VQGAN(VQGANConfig(**checkpoint["config"]))
     trainer.load_weights(model, checkpoint["ema"]["model"], path)
     return model.to(device).eval()
@@ -387,7 +391,8 @@ class ConvNeXtSmall(nn.Module):
         self.classifier = nn.ModuleList([norm(768), nn.Identity(), nn.Linear(768, 1000)])
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-        trainer.load_weights(self, read_weights(path_or_state_dict), "ConvNeXt-S weights")
+        if path_or_state_dict is not None:      # None: to count with
+            trainer.load_weights(self, read_weights(path_or_state_dict), "ConvNeXt-S weights")
         self.eval().requires_grad_(False)
 
     def forward(self, images):
@@ -524,7 +529,7 @@ class Stage0(nn.Module):
 def train(args):
     config = trainer.override(PRESETS[args.config], args)
     training = trainer.override(TRAINING[args.config], args)
-    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True)
+    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=training.draft)
     run = trainer.Run(args, "vqgan", "vqgan", config, training, data=train_set.kind)
     preview_set = data.open_dataset(args.data, "val", config.image_size)
     originals = next(data.all_images(preview_set, 16))[0].to(run.device)
