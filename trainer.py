@@ -33,7 +33,7 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -109,12 +109,12 @@ def write_atomically(path, writer):
         with open(temporary, "rb+") as file:    # on the disk before the name says so: a power cut must not leave a hole
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # torch.save reports a full disk as RuntimeError
-        try:
+    except BaseException as error:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
-        if "CUDA" in str(error):
+        # torch.save reports a full disk as a RuntimeError of its writer; any other error is the caller's own
+        full = isinstance(error, OSError) or any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos"))
+        if not full:
             raise
         reason = getattr(error, "strerror", None) or "the disk is full or the folder cannot be written"
         was = "The file that was there is unchanged" if path.exists() else "Nothing was written"
