@@ -1,4 +1,4 @@
-# make demo          the whole pipeline at toy size, about 12 minutes on two CPU cores; ends in out/toy/report.md
+# make demo          the whole pipeline at toy size, 12 to 15 minutes on two CPU cores; ends in out/toy/report.md
 # make demo LONG=1   the same models trained five times longer, in out/toy_long
 # make test          the test suite, under 10 minutes
 # Other data:        make demo DATA=folder        Other results folder: make demo OUT=folder

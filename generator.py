@@ -98,7 +98,7 @@ TOY_TRAINING = TrainConfig(steps=700, batch_size=64, learning_rate=1e-3, end_lea
 LLAMAGEN_TRAINING = TrainConfig(steps=1_500_000, end_learning_rate=1e-4, warmup=0, beta2=0.95, weight_decay=0.05)
 TRAINING = {
     "ar_toy": TOY_TRAINING,
-    "maskgit_toy": replace(TOY_TRAINING, steps=800, beta2=0.96, weight_decay=0.03, save_every=400, preview_every=400),
+    "maskgit_toy": replace(TOY_TRAINING, steps=1100, beta2=0.96, weight_decay=0.03, save_every=400, preview_every=550),
     "ar": LLAMAGEN_TRAINING,            # 300 epochs of ImageNet, constant learning rate
     "maskgit": TrainConfig(batch_size=2048, learning_rate=2e-4, warmup=10_000, beta2=0.96, weight_decay=0.03),
 }
