@@ -19,6 +19,9 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import warnings
+import zipfile
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -343,18 +346,23 @@ def test_tokenizer_overfits_64_images():
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 0 (vqgan.py) against the public networks
 
-def rule_weights(keys):
-    """Seeded weights by the rule that the golden numbers were made with: each entry from the CRC of its own name."""
+def rule_weights(keys, gain=1.0):
+    """Seeded weights by the rule that the golden numbers were made with: each entry from the CRC of its own
+    name. gain: 2 for Inception, which is all ReLU."""
     weights = {}
     for key, shape in keys.items():
         n = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
-        if key.endswith("layer_scale"):
+        if key.endswith("num_batches_tracked"):
+            value = np.int64(0)
+        elif key.endswith("layer_scale"):
             value = np.float32(0.1) * n
         elif len(shape) >= 2:
-            value = n * np.float32(1 / math.sqrt(math.prod(shape[1:])))
+            value = n * np.float32(math.sqrt(gain / math.prod(shape[1:])))
+        elif key.endswith("running_var"):
+            value = 1 + np.float32(0.1) * abs(n)
         else:
-            value = np.float32(0.02) * n if key.endswith("bias") else 1 + np.float32(0.02) * n
-        weights[key] = torch.from_numpy(np.asarray(value, dtype=np.float32))
+            value = np.float32(0.02) * n if key.endswith(("bias", "running_mean")) else 1 + np.float32(0.02) * n
+        weights[key] = torch.from_numpy(np.asarray(value))
     return weights
 
 
@@ -1841,6 +1849,382 @@ def test_no_operator_of_a_step_makes_the_cpu_wait_for_the_gpu(name):
     calls = evaluate.operators(step, torch.device("cpu"))
     assert calls["aten::linear"] > 20 and not calls.keys() & evaluate.WAITING
     assert evaluate.operators(lambda update: torch.ones(3).sum().item(), torch.device("cpu")).keys() & evaluate.WAITING
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inception
+
+INCEPTION_KEYS = json.loads((ASSETS / "inception_fid_keys.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def inception_weights():
+    return rule_weights(INCEPTION_KEYS, gain=2.0)
+
+
+@pytest.fixture(scope="module")
+def inception(inception_weights):
+    return evaluate.InceptionFID(inception_weights)
+
+
+def test_inception_golden(inception):
+    golden = np.load(ASSETS / "inception_fid_golden.npz")
+    images = torch.from_numpy(golden["images"])
+    resized = evaluate.tf_resize(images)[0]
+    assert resized.dtype == torch.float32
+    for a, b in ((0, 16), (150, 166), (283, 299)):
+        assert (resized[:, a:b, a:b].numpy() == golden[f"resized_{a}_{b}"]).all()
+    for model in (inception, copy.deepcopy(inception).double()):            # and float32 is as good as float64
+        with torch.inference_mode():
+            pool, logits = model(images)
+        np.testing.assert_allclose(pool, golden["pool"], atol=1e-5)
+        np.testing.assert_allclose(logits, golden["logits_unbiased"], atol=1e-5)
+
+
+def test_inception_keys_and_what_it_refuses(inception, inception_weights, tmp_path):
+    assert {k: list(v.shape) for k, v in inception.state_dict().items()} == INCEPTION_KEYS
+    without = {k: v for k, v in inception_weights.items() if not k.endswith("num_batches_tracked")}
+    assert len(without) == 472 and evaluate.InceptionFID(without).fingerprint == inception.fingerprint
+    for wrong in ({k: v for k, v in without.items() if k != "fc.bias"}, {**without, "AuxLogits.fc.bias": torch.ones(3)},
+                  {**without, "fc.weight": torch.ones(1000, 2048)}):
+        with pytest.raises(BadInput, match="does not fit the model") as error:
+            evaluate.InceptionFID(wrong)
+        assert "\n" not in str(error.value)
+    torch.save({"fc.bias": torch.ones(1008)}, tmp_path / "inception.pth")
+    for path, says in ((tmp_path / "inception.pth", "does not fit"), (tmp_path / "none.pth", "not found")):
+        with pytest.raises(BadInput, match=f"{path.name}: {says}"):
+            evaluate.InceptionFID(path)
+
+
+def test_inception_spatial_features_are_those_of_the_branch(inception):
+    seen = []
+    handle = inception.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.inference_mode():
+        features = inception.features(torch.randint(0, 256, (2, 3, 40, 60), dtype=torch.uint8))
+    handle.remove()
+    assert features["spatial"].shape == (2, 2023)
+    assert torch.equal(features["spatial"].view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
+
+
+def test_inception_looks_at_each_picture_alone(inception):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        together = inception(images)[0]
+        torch.testing.assert_close(together[1:2], inception(images[1:2])[0], atol=1e-5, rtol=0)
+        assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("height, width", [(299, 299), (17, 400), (600, 1)])
+def test_tf_resize(height, width):
+    image = torch.randint(0, 256, (1, 1, height, width), dtype=torch.uint8)
+    ours, image = evaluate.tf_resize(image)[0, 0], image[0, 0].double()
+    if (height, width) == (299, 299):
+        assert torch.equal(ours.double(), image)
+
+    def between(n, i):
+        position = i * n / 299
+        return int(position), min(int(position) + 1, n - 1), position % 1
+
+    for i, j in [(0, 0), (298, 298), (150, 7), (33, 250)]:
+        top, bottom, down = between(height, i)
+        left, right, across = between(width, j)
+        value = ((image[top, left] * (1 - across) + image[top, right] * across) * (1 - down)
+                 + (image[bottom, left] * (1 - across) + image[bottom, right] * across) * down)
+        assert ours[i, j].item() == pytest.approx(value.item(), abs=0.02)   # float32 positions near 600: 3e-5 x 255
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances
+
+def gaussian_sets(n1, n2, width=48, seed=0):
+    rng = np.random.default_rng(seed)
+    scale = np.exp(1.5 * rng.standard_normal(width))
+    return rng.standard_normal((n1, width)) * scale, rng.standard_normal((n2, width)) * scale[::-1] + 0.1
+
+
+@pytest.mark.parametrize("n1, n2", [(200, 300), (30, 300), (300, 30), (30, 20), (2, 2)])
+def test_fast_frechet_distance_is_the_same(n1, n2):
+    """The exact value, also of singular covariances: tr (A C)^(1/2) is the sum of the singular values of X Y^T where
+    A = X^T X and C = Y^T Y, and nothing is squared on the way."""
+    x, y = gaussian_sets(n1, n2)
+    one, two = evaluate.feature_statistics(x), evaluate.feature_statistics(y)
+    cross = ((x - x.mean(0)) / math.sqrt(n1 - 1)) @ ((y - y.mean(0)) / math.sqrt(n2 - 1)).T
+    traces = np.trace(one[1]) + np.trace(two[1])
+    exact = np.square(one[0] - two[0]).sum() + traces - 2 * np.linalg.svd(cross, compute_uv=False).sum()
+    room = 1e-12 if min(n1, n2) > 48 else 2e-9                              # of the traces; singular: roots of rounding
+    assert evaluate.frechet_distance_fast(*one, *two) == pytest.approx(exact, abs=room * traces)
+    assert evaluate.frechet_distance_fast(*two, *one) == pytest.approx(exact, abs=room * traces)
+    assert evaluate.frechet_distance_fast(*one, *one) == pytest.approx(0, abs=room * traces)
+    # sqrtm's form: the offset of 1e-6 on the diagonals moves singular ones by more
+    assert evaluate.frechet_distance(*one, *two) == pytest.approx(exact, abs=(1e-10 if room < 1e-10 else 1e-7) * traces)
+
+
+def test_fast_frechet_distance_golden_and_closed_forms():
+    golden = np.load(ASSETS / "fid_golden.npz")
+    a, b, c = (evaluate.feature_statistics(golden[f"feats_{x}"]) for x in "abc")
+    assert evaluate.frechet_distance_fast(*a, *b) == pytest.approx(float(golden["fid"]), abs=1e-6)
+    assert evaluate.frechet_distance_fast(*a, *c) == pytest.approx(float(golden["fid_ac"]), abs=1e-5)
+    assert evaluate.frechet_distance_fast(*a, *c) == pytest.approx(float(golden["fid_ac_symmetric"]), abs=1e-6)
+    rng = np.random.default_rng(0)
+    mu1, mu2, s1, s2 = rng.normal(size=8), rng.normal(size=8), rng.uniform(0.5, 2, 8), rng.uniform(0.5, 2, 8)
+    turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    ours = evaluate.frechet_distance_fast(mu1, turn @ np.diag(s1 ** 2) @ turn.T, mu2, turn @ np.diag(s2 ** 2) @ turn.T)
+    assert ours == pytest.approx(np.square(mu1 - mu2).sum() + np.square(s1 - s2).sum(), abs=1e-12)
+    nothing = np.zeros((8, 8))                                              # rank 0
+    assert evaluate.frechet_distance_fast(mu1, nothing, mu2, nothing) == pytest.approx(np.square(mu1 - mu2).sum())
+
+
+def test_inception_score_golden():
+    golden = np.load(ASSETS / "is_golden.npz")
+    logits, value = golden["logits"], lambda name: float(golden[name])
+    assert evaluate.inception_score(logits) == pytest.approx((value("is_tf_mean"), value("is_tf_std")), abs=1e-10)
+    plain = value("is_tf_noshuffle_mean"), value("is_tf_noshuffle_std")
+    assert evaluate.inception_score(torch.from_numpy(logits), shuffle=False) == pytest.approx(plain, abs=1e-10)
+    assert evaluate.inception_score_adm(logits) == pytest.approx(value("is_adm"), abs=1e-10)
+    assert evaluate.inception_score_adm(logits, part=300) == pytest.approx(value("is_adm_split300"), abs=1e-10)
+
+
+def test_inception_score_closed_forms():
+    uniform, sure = np.zeros((100, 10), np.float32), 1000 * np.eye(10, dtype=np.float32)[np.arange(100) % 10]
+    for logits, score in ((uniform, 1.0), (sure, 10.0)):                    # sure: all other probabilities underflow
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert evaluate.inception_score(logits, shuffle=False) == pytest.approx((score, 0.0), abs=1e-9)
+            assert evaluate.inception_score_adm(logits) == pytest.approx(score)
+    by_class = sure[np.argsort(np.arange(100) % 10)]
+    assert evaluate.inception_score(by_class, shuffle=False)[0] == pytest.approx(1.0)        # one class a split
+    assert evaluate.inception_score(by_class)[0] > 4                         # and shuffled, several
+    assert evaluate.inception_score_adm(by_class) == pytest.approx(10.0)     # in one part the order is nothing
+    with pytest.raises(BadInput, match="needs as many pictures; here are 9"):
+        evaluate.inception_score(uniform[:9])
+
+
+def precision_recall_by_hand(real, fake, k):
+    """All distances at once, in double precision, by differences."""
+    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
+
+    def squared(a, b):
+        return np.square(a[:, None] - b[None]).sum(-1)
+
+    balls = [np.sort(squared(x, x), axis=1)[:, k] for x in (real, fake)]
+    between = squared(real, fake)
+    return (between <= balls[0][:, None]).any(0).mean(), (between <= balls[1][None]).any(1).mean()
+
+
+@pytest.mark.parametrize("k, precision, recall", [(2, 0.865, 0.460), (3, 0.9175, 0.544), (4, 0.9525, 0.620)])
+def test_precision_recall_golden(k, precision, recall):
+    golden = np.load(ASSETS / "prc_golden.npz")
+    real, fake = golden["feats_ref"], golden["feats_sample"]
+    assert evaluate.precision_recall(real, fake, k) == (precision, recall)
+    assert evaluate.precision_recall(fake, real, k) == (recall, precision)
+    for block in (37, 400):                                                 # blockwise equals whole
+        assert evaluate.precision_recall(real, fake, k, block) == (precision, recall)
+    if k == 3:
+        assert (golden["precision"], golden["recall"]) == (precision, recall)
+        np.testing.assert_allclose(evaluate.radii(torch.from_numpy(real), 3, 64).sqrt(), golden["radii_ref"], rtol=1e-6)
+
+
+def hard_sets():
+    """Sets on which float32 products alone decide wrongly or at random: far from 0, many duplicates, exact ties, two
+    clusters far apart, an outlier."""
+    rng = np.random.default_rng(1)
+    plain = rng.standard_normal((2, 90, 16)).astype(np.float32)
+    yield "far from 0", plain[0] + 3000, plain[1] + 3000
+    yield "duplicates", plain[0][:9].repeat(10, 0), np.concatenate([plain[0][:4].repeat(20, 0), plain[1][:10]])
+    grids = rng.integers(0, 3, (90, 4)), rng.integers(1, 4, (80, 4))
+    yield "ties on a grid", *(grid.astype(np.float32) for grid in grids)
+    side = np.where(np.arange(90) % 2, 1000, -1000).astype(np.float32)[:, None]
+    yield "two clusters", plain[0] + side, plain[1] + side
+    outlier = plain[0].copy()
+    outlier[7] = 1e5
+    yield "an outlier", outlier, plain[1]
+    yield "shared rows", plain[0], np.concatenate([plain[0][:40], plain[1][:40]])
+    yield "few", plain[0][:4], plain[1][:5]
+
+
+@pytest.mark.parametrize("real, fake", [sets for _, *sets in hard_sets()], ids=[name for name, *_ in hard_sets()])
+def test_precision_recall_is_that_of_double_precision(real, fake):
+    expected = precision_recall_by_hand(real, fake, 3)
+    rng = np.random.default_rng(2)
+    for block in (1000, 32, 7):
+        assert evaluate.precision_recall(real, fake, 3, block) == expected
+        mixed = rng.permutation(real), rng.permutation(fake)                # the order is nothing
+        assert evaluate.precision_recall(*mixed, 3, block) == expected
+
+
+def test_precision_recall_closed_forms():
+    rng = np.random.default_rng(0)
+    real = rng.standard_normal((200, 64)).astype(np.float32)
+    assert evaluate.precision_recall(real, real) == (1.0, 1.0)
+    same = np.ones((20, 64), np.float32)                                    # radius 0, and distance 0 is within
+    assert evaluate.precision_recall(same, same) == (1.0, 1.0)
+    assert evaluate.precision_recall(real, real + 100) == (0.0, 0.0)
+    assert evaluate.precision_recall(real, real[:1].repeat(9, 0)) == (1.0, 1 / 200)      # all fakes are one real picture
+    assert evaluate.precision_recall(real.astype(np.float64), torch.from_numpy(real[:50]))[0] == 1.0
+    with pytest.raises(BadInput, match="more than 3 pictures a set; here are 200 and 3"):
+        evaluate.precision_recall(real, real[:3])
+
+
+def test_kernel_distance():
+    a, b = np.array([[0.0], [1.0]]), np.array([[2.0], [3.0]])
+    # kernels 1 and 7^3 within the sets; 1, 1, 3^3 and 4^3 between them
+    assert evaluate.kernel_distance(a, b, subsets=5, subset_size=2) == pytest.approx((1 + 343 - 2 * 93 / 4, 0.0))
+    a, b = np.array([[1.0, 1.0], [2.0, 0.0]]), np.array([[0.0, 0.0], [0.0, 4.0]])       # D = 2: x.y / 2
+    assert evaluate.kernel_distance(a, b, 1, 2)[0] == pytest.approx(8 + 1 - 2 * (1 + 27 + 1 + 1) / 4)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 1200, 16)).astype(np.float32)
+    mean, deviation = evaluate.kernel_distance(x, y, subsets=20)
+    assert abs(mean) < 0.02 and 0 < deviation < 0.05                        # one distribution: about 0
+    shifted = evaluate.kernel_distance(x, y + 0.5, subsets=20)[0]
+    assert shifted > 0.3 and shifted == evaluate.kernel_distance(x, y + 0.5, subsets=20)[0]
+    with pytest.raises(BadInput, match="subsets of 1000 features; here are 1200 and 999"):
+        evaluate.kernel_distance(x, y[:999])
+
+
+def test_kernel_distance_draws_as_torch_fidelity():
+    """Its documented draws: RandomState(2020), a subset of the first set, then one of the second, 100 times."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((30, 4)), rng.standard_normal((40, 4)) + 0.3
+    random, values = np.random.RandomState(2020), []
+    for _ in range(100):
+        x, y = a[random.choice(30, 6, replace=False)], b[random.choice(40, 6, replace=False)]
+        within = [(x[i] @ x[j] / 4 + 1) ** 3 + (y[i] @ y[j] / 4 + 1) ** 3 for i in range(6) for j in range(6) if i != j]
+        values.append(np.sum(within) / 30 - 2 * np.mean([(p @ q / 4 + 1) ** 3 for p in x for q in y]))
+    assert evaluate.kernel_distance(a, b, subset_size=6) == pytest.approx((np.mean(values), np.std(values)), abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures in and out
+
+def test_to_uint8():
+    bytes_ = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(evaluate.to_uint8(bytes_ / 255), bytes_)              # round is lossless
+    images = torch.rand(2, 3, 16, 16)
+    rounded, truncated = (evaluate.to_uint8(images, how).float() for how in ("round", "truncate"))
+    assert (rounded - images * 255).abs().max() <= 0.5 + 1e-4
+    assert ((images * 255 - truncated) >= 0).all() and ((images * 255 - truncated) < 1).all()
+    assert evaluate.to_uint8(torch.tensor([[[[-0.1, 1.2, 0.5]]]])).flatten().tolist() == [0, 255, 128]
+    assert evaluate.to_uint8(torch.tensor([[[[0.5, 1.0, 0.999]]]]), "truncate").flatten().tolist() == [127, 255, 254]
+    for bad in (math.nan, math.inf):
+        with pytest.raises(BadInput, match="NaN"):
+            evaluate.to_uint8(torch.full((1, 3, 2, 2), bad))
+
+
+def test_adm_npz_there_and_back(tmp_path):
+    images = torch.randint(0, 256, (230, 3, 8, 12), dtype=torch.uint8)
+    evaluate.write_adm_npz(tmp_path / "samples.npz", images.split(64), 230)
+    held = np.load(tmp_path / "samples.npz")                                # as ADM's evaluator reads it
+    assert held.files == ["arr_0"] and held["arr_0"].dtype == np.uint8
+    assert (held["arr_0"] == images.permute(0, 2, 3, 1).numpy()).all()
+    assert evaluate.npz_names(tmp_path / "samples.npz") == {"arr_0"}
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+    batches = list(evaluate.read_images(tmp_path / "samples.npz"))
+    assert [len(b) for b in batches] == [100, 100, 30] and torch.equal(torch.cat(batches), images)
+    for save in (np.savez, np.savez_compressed):                            # as ADM writes it, labels in arr_1
+        save(tmp_path / "adm.npz", images.permute(0, 2, 3, 1).numpy(), np.zeros(230, np.int64))
+        assert torch.equal(torch.cat(list(evaluate.read_images(tmp_path / "adm.npz"))), images)
+    floats = images.permute(0, 2, 3, 1).numpy() / 255
+    for dtype in (np.float64, np.float32, ">f4"):
+        np.savez(tmp_path / "floats.npz", floats.astype(dtype))
+        assert torch.equal(torch.cat(list(evaluate.read_images(tmp_path / "floats.npz"))), images)
+    darker = torch.cat(list(evaluate.read_images(tmp_path / "floats.npz", "truncate")))
+    assert set((images.int() - darker.int()).unique().tolist()) <= {0, 1}
+
+
+def test_adm_npz_appears_whole_or_not_at_all(tmp_path):
+    path, images = tmp_path / "samples.npz", torch.zeros(20, 3, 4, 4, dtype=torch.uint8)
+    evaluate.write_adm_npz(path, [images], 20)
+    before = path.read_bytes()
+    for batches, says in (([images, images], "40 pictures came"), ([images[:9]], "9 pictures"), ([], "0 pictures"),
+                          ([images, images.float()], "float32"), ([images[:1], images[:19, :, :2]], "among uint8")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.write_adm_npz(path, batches, 20)
+        assert path.read_bytes() == before
+    with pytest.raises(BadInput, match="cannot be written"):
+        evaluate.write_adm_npz(path / "below" / "samples.npz", [images], 20)
+
+
+def test_adm_npz_streams(tmp_path):
+    """50,000 pictures of 256 x 256 are 9.8 GB; here 3,000 of 64 x 64, 37 MB, pass through a few batches of 1.2 MB."""
+    path = tmp_path / "many.npz"
+    tracemalloc.start()
+    try:
+        evaluate.write_adm_npz(path, (torch.full((100, 3, 64, 64), i, dtype=torch.uint8) for i in range(30)), 3000)
+        assert [int(b[0, 0, 0, 0]) for b in evaluate.read_images(path)] == list(range(30))
+        assert tracemalloc.get_traced_memory()[1] < 8e6 < path.stat().st_size / 4
+    finally:
+        tracemalloc.stop()
+
+
+def test_statistics_file(tmp_path):
+    path, (mu, sigma) = tmp_path / "statistics.npz", evaluate.feature_statistics(np.random.rand(30, 5))
+    np.savez(path, mu=mu, sigma=np.asfortranarray(sigma), mu_s=mu[:2].astype(np.float32), sigma_s=sigma[:2, :2])
+    assert "mu" in evaluate.npz_names(path) and "arr_0" not in evaluate.npz_names(path)
+    ours = evaluate.read_statistics(path)
+    assert (ours[0] == mu).all() and (ours[1] == sigma).all() and ours[0].dtype == np.float64
+    assert evaluate.read_statistics(path, ("mu_s", "sigma_s"))[1].shape == (2, 2)
+
+
+PICTURES = np.zeros((3, 4, 4, 3), np.uint8)
+MALFORMED_IMAGES = {
+    "pickle": (dict(arr_0=np.array([{"a": 1}, None], dtype=object)), "pickled Python objects"),
+    "int64": (dict(arr_0=PICTURES.astype(np.int64)), "arr_0 is int64"),
+    "bool": (dict(arr_0=PICTURES.astype(bool)), "arr_0 is bool"),
+    "text": (dict(arr_0=np.array(["a", "b"])), r"a batch of pictures is \[n, H, W, 3\]"),
+    "NaN": (dict(arr_0=np.full((3, 4, 4, 3), np.nan)), "NaN"),
+    "0 to 255 as floats": (dict(arr_0=np.full((3, 4, 4, 3), 255.0)), r"floats from 255 to 255; .* \[0, 1\]"),
+    "-1 to 1": (dict(arr_0=np.full((3, 4, 4, 3), -1.0)), r"floats from -1 to -1"),
+    "one": (dict(arr_0=PICTURES[:1]), "one picture only"),
+    "none": (dict(arr_0=PICTURES[:0]), r"arr_0 is \[0, 4, 4, 3\]"),
+    "channels first": (dict(arr_0=PICTURES.transpose(0, 3, 1, 2).copy()), r"arr_0 is \[3, 3, 4, 4\]"),
+    "grey": (dict(arr_0=PICTURES[..., 0]), r"arr_0 is \[3, 4, 4\]"),
+    "last axis first": (dict(arr_0=np.asfortranarray(PICTURES)), "ascontiguousarray"),
+    "other names": (dict(images=PICTURES), "holds no array arr_0, only images"),
+}
+MALFORMED_STATISTICS = {
+    "no sigma": (dict(mu=np.zeros(3)), "holds no array sigma, only mu"),
+    "integers": (dict(mu=np.zeros(3, int), sigma=np.eye(3)), "mu is int64"),
+    "shapes": (dict(mu=np.zeros(3), sigma=np.eye(4)), r"sigma is float64 \[4, 4\]"),
+    "not square": (dict(mu=np.zeros(3), sigma=np.zeros((3, 2))), r"sigma is float64 \[3, 2\]"),
+    "NaN": (dict(mu=np.zeros(2), sigma=np.full((2, 2), np.nan)), "sigma holds NaN"),
+    "pickle": (dict(mu=np.array([None, 1], dtype=object), sigma=np.eye(2)), "pickled"),
+}
+
+
+@pytest.mark.parametrize("read, arrays, says", [
+    *((evaluate.read_images, *case) for case in MALFORMED_IMAGES.values()),
+    *((evaluate.read_statistics, *case) for case in MALFORMED_STATISTICS.values())],
+    ids=[*MALFORMED_IMAGES, *MALFORMED_STATISTICS])
+def test_malformed_npz_gets_one_line(tmp_path, read, arrays, says):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(BadInput, match=says) as error:
+        list(read(tmp_path / "bad.npz"))
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path / "bad.npz"))
+
+
+def test_damaged_npz_gets_one_line(tmp_path):
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, arr_0=np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8))
+    data = whole.read_bytes()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 255                                          # bits rotted: the archive's checksum tells
+    np.savez_compressed(whole, arr_0=np.zeros((300, 16, 16, 3), np.uint8))
+    packed = bytearray(whole.read_bytes())
+    packed[120:160] = bytes(40)
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (9, 16, 16, 3)})
+        file.write(bytes(768))                                              # promises more than there is
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("arr_0.npy", "no array")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name, content in (("half.npz", data[:len(data) // 2]), ("empty.npz", b""), ("picture.npz", b"\x89PNG" * 50),
+                          ("flipped.npz", flipped), ("packed.npz", packed)):
+        (tmp_path / name).write_bytes(content)
+    for name in ("half.npz", "empty.npz", "picture.npz", "flipped.npz", "packed.npz", "short.npz", "text.npz",
+                 "array.npy", "missing.npz", "."):
+        with pytest.raises(BadInput, match="cut short|not an .npz|damaged") as error:
+            list(evaluate.read_images(tmp_path / name))
+        assert "\n" not in str(error.value)
 
 
 def test_frechet_distance_of_two_gaussians():
