@@ -1410,6 +1410,13 @@ def speed_mocet(device, batch):
         compare(f"MoCET {size}, batch {count}", ("plain", lambda: step(mocet.forward_plain)),
                 ("fast", lambda: step(mocet.forward)), device)
 
+        def recomputed():
+            mocet.recompute = True
+            step(mocet.forward)
+            mocet.recompute = False
+
+        compare(f"MoCET {size}, batch {count}", ("fast", lambda: step(mocet.forward)), ("--recompute", recomputed), device)
+
 
 @torch.inference_mode()
 def speed_encoding(device, batch):

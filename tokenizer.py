@@ -379,10 +379,12 @@ class TiTok(NativeTok):
         self.encoder = ImageTransformer(config)
         self.latent_tokens = normal(1, config.tokens, config.width, std=config.width ** -0.5)
         self.to_code = nn.Linear(config.width, config.code_dim)             # D -> c
-        seen_by_all = config.patches + 1
-        mask = torch.ones(seen_by_all + config.tokens, seen_by_all + config.tokens, dtype=torch.bool).tril()
-        mask[:, :seen_by_all] = True
-        self.register_buffer("mask", mask if config.model == "titok_causal" else None, persistent=False)
+        mask = None
+        if config.model == "titok_causal":
+            seen_by_all, length = config.patches + 1, config.patches + 1 + config.tokens
+            row, column = torch.arange(length)[:, None], torch.arange(length)[None]
+            mask = (column <= row) | (column < seen_by_all)                 # [T, T]
+        self.register_buffer("mask", mask, persistent=False)
 
     def latents(self, images):
         latents = self.latent_tokens.expand(len(images), -1, -1)            # [B, L, D]
