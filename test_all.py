@@ -2227,6 +2227,79 @@ def test_damaged_npz_gets_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.fixture(scope="module")
+def fid_folder(tmp_path_factory, inception_weights):
+    """Inception weights, two folders of 12 pictures, and one of them as ADM's .npz."""
+    folder, random = tmp_path_factory.mktemp("fid"), np.random.default_rng(0)
+    torch.save(inception_weights, folder / "inception.pth")
+    for name, high in (("a", 255), ("b", 190)):
+        (folder / name).mkdir()
+        for i in range(12):
+            small = random.integers(0, high, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(small).resize((40, 40)).save(folder / name / f"{i:02}.png")
+    np.savez(folder / "b.npz", np.stack([np.asarray(Image.open(folder / "b" / f"{i:02}.png")) for i in range(12)]))
+    return folder
+
+
+def fid_command(folder, words):
+    return f"python evaluate.py {words} --config toy --inception {folder}/inception.pth --out {folder}/out"
+
+
+def test_fid_of_a_folder_and_of_the_same_pictures_as_npz(fid_folder):
+    said = run(fid_command(fid_folder, f"fid {fid_folder}/a {fid_folder}/b --json {fid_folder}/x.json "
+                                       f"--save {fid_folder}/saved.npz"))
+    first = json.loads((fid_folder / "x.json").read_text())
+    assert first["scores"]["FID"] > 0 and 0 <= first["scores"]["recall"] <= 1 and said.count("warning") == 2
+    for words in ("12 images of", "Inception of 2015", "covariance is singular"):
+        assert words in said and any(words in line for line in first["protocol"])
+    assert np.array_equal(np.load(fid_folder / "saved.npz")["arr_0"], np.load(fid_folder / "b.npz")["arr_0"])
+    run(fid_command(fid_folder, f"fid {fid_folder}/a {fid_folder}/b.npz --json {fid_folder}/y.json"))
+    assert json.loads((fid_folder / "y.json").read_text())["scores"] == first["scores"]
+
+
+def test_fid_warns_and_refuses(fid_folder, tmp_path):
+    said = run(fid_command(fid_folder, f"fid {fid_folder}/a {fid_folder}/a"))
+    assert "12 files are in both sets" in said and re.search(r"^FID +-?0\.0000$", said, re.MULTILINE)
+    picture(1, 50, 50).save(tmp_path / "1.png")
+    refused(fid_command(fid_folder, f"fid {fid_folder}/a {tmp_path}"), "1 images")
+    picture(1, 40, 50).save(tmp_path / "2.png")
+    refused(fid_command(fid_folder, f"fid {tmp_path} {fid_folder}/a"), "another size", "--size")
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    refused(fid_command(fid_folder, f"fid {tmp_path} {fid_folder}/a"), "2.png", "cannot be read")
+    refused(fid_command(fid_folder, f"fid {fid_folder}/a {fid_folder}/none"), "none", "neither a folder")
+    refused(fid_command(fid_folder, f"fid {fid_folder}/a"), "1 paths given, 2 wanted")
+    refused(f"python evaluate.py fid {fid_folder}/a {fid_folder}/b --inception {tmp_path}/none.pth", "none.pth", "--inception")
+
+
+def test_rfid_and_gfid_of_the_toy(toy, fid_folder):
+    said = run(fid_command(fid_folder, f"rfid {toy}/nativetok_4_stage2.pt --data shapes --images 12 --rounding truncate"))
+    assert "reconstructions of 12 images of shapes val" in said and "rounding to bytes: truncate" in said
+    said = run(fid_command(fid_folder, f"gfid {toy}/ar_nativetok_4.pt --data shapes --images 12 --samples 12"))
+    assert "12 samples, 10 classes in turn, seed 0, guidance 1.5" in said and "12 images of shapes train" in said
+    refused(fid_command(fid_folder, f"gfid {toy}/ar_nativetok_4.pt --data shapes --tokenizer {toy}/nativetok_2.pt"),
+            "other codes", "--tokenizer")
+
+
+def test_features_go_on_after_a_kill_and_do_not_depend_on_shards(fid_folder, inception, tmp_path, monkeypatch):
+    pictures, device = evaluate.folder_pictures(fid_folder / "b"), torch.device("cpu")
+    whole = evaluate.features_of(pictures, inception, tmp_path / "whole", device)
+    monkeypatch.setattr(evaluate, "SHARD", 5)
+    reads = []
+    read = pictures.read
+    pictures.read = lambda start, stop: (reads.append(start), read(start, stop))[1]
+    parts = evaluate.features_of(pictures, inception, tmp_path / "parts", device)
+    assert reads == [0, 5, 10]
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], atol=1e-5)
+    shard = sorted((tmp_path / "parts").glob("*/*.npz"))[1]
+    shard.write_bytes(shard.read_bytes()[:100])                 # damaged: only this one is computed again
+    again = evaluate.features_of(pictures, inception, tmp_path / "parts", device)
+    assert reads == [0, 5, 10, 5] and all(np.array_equal(again[name], parts[name]) for name in parts)
+    (fid_folder / "b" / "extra.png").write_bytes((fid_folder / "b" / "00.png").read_bytes())
+    assert evaluate.folder_pictures(fid_folder / "b").key != pictures.key            # other files, another cache
+    (fid_folder / "b" / "extra.png").unlink()
+
+
 def test_frechet_distance_of_two_gaussians():
     rng = np.random.default_rng(0)
     mu1, mu2, s1, s2 = rng.normal(size=8), rng.normal(size=8), rng.uniform(0.5, 2, 8), rng.uniform(0.5, 2, 8)
