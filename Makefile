@@ -1,6 +1,7 @@
 # make demo          the whole pipeline at toy size, 12 to 15 minutes on two CPU cores; ends in out/toy/report.md
 # make demo LONG=1   the same models trained five times longer, in out/toy_long
 # make test          the test suite, under 10 minutes
+# make paper         the paper's tables and figures at toy size, see below
 # Other data:        make demo DATA=folder        Other results folder: make demo OUT=folder
 
 PYTHON ?= python3
@@ -35,7 +36,7 @@ demo: .venv/ready
 	$(PY) evaluate.py report --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
 
 test: .venv/ready
-	$(PY) -m pip install --quiet --disable-pip-version-check pytest safetensors
+	$(PY) -m pip install --quiet --disable-pip-version-check pytest safetensors matplotlib
 	$(PY) -m pytest -q test_all.py
 
 .venv/ready: requirements.txt
@@ -45,3 +46,88 @@ test: .venv/ready
 
 clean:
 	rm -rf .venv __pycache__ .pytest_cache
+
+# ---- The paper's tables and figures: make paper, or make table1, table3a ... one by one.
+# Trains what is missing, SEEDS times (all but the VQGAN), in out/paper_toy/seed0, seed1, ..., then evaluate.py draws them.
+# CONFIG=full: the paper's own sizes, on GPUS GPUs, with the public VQGAN (WEIGHTS) and Inception weights.
+TABLES := table1 table3a table3b table3c table5 table6 fig5 fig6 fig7 fig8 order
+CONFIG ?= toy
+PAPER ?= out/paper_$(CONFIG)
+ifeq ($(CONFIG),toy)
+SEEDS ?= 3
+# small (S), medium (M), large (L) number of tokens: 32, 64, 128 in the paper
+S := 8
+M := 16
+L := 32
+RUN := OMP_NUM_THREADS=1 $(PY)
+JOBS ?= $(shell nproc)
+PAPER_STAGE1 := --steps 700
+PAPER_HNT := --steps 500
+PAPER_STAGE2 := --steps 150
+PAPER_AR := --steps 400
+PAPER_TITOK := --encoder_layers 8
+else
+SEEDS ?= 1
+GPUS ?= 4
+S := 32
+M := 64
+L := 128
+RUN := $(PY) -m torch.distributed.run --nproc_per_node=$(GPUS)
+JOBS := 1
+WEIGHTS ?= weights/maskgit-vqgan-imagenet-f16-256.bin
+PAPER_VQGAN := --weights $(WEIGHTS)
+endif
+DONE_IN = $(foreach n,$(shell seq 0 $$(($(SEEDS) - 1))),$(addprefix $(PAPER)/seed$(n)/,$(addsuffix .done,$(1))))
+
+PAIR := nativetok_$(S) titok_$(S)
+ARS := $(addprefix ar_,$(PAIR))
+NEEDS_table1 := $(addsuffix _stage2,$(PAIR)) $(ARS) ar_vqgan
+NEEDS_table3a := $(PAIR) titok_causal_$(S)
+NEEDS_table3b := nativetok_$(M)_full nativetok_$(M)_reuse nativetok_$(M)
+NEEDS_table3c := $(PAIR)
+NEEDS_table5 := $(foreach n,$(S) $(M) $(L),nativetok_$(n)_stage2)
+NEEDS_table6 := $(ARS)
+NEEDS_fig5 := $(ARS)
+NEEDS_fig6 := $(addsuffix _stage2,$(PAIR))
+NEEDS_fig7 := $(NEEDS_table5)
+NEEDS_fig8 := $(ARS) $(addsuffix _stage2,$(PAIR))
+NEEDS_order := $(NEEDS_fig8)
+NEEDS_paper := $(sort $(foreach t,$(TABLES),$(NEEDS_$(t))))
+
+# one process a core, each with one thread: at this size faster than one process with all threads
+.PHONY: paper $(TABLES)
+paper $(TABLES): .venv/ready
+	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(call DONE_IN,$(NEEDS_$@))
+	$(PY) evaluate.py $@ --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --out $(PAPER)
+
+# what a stage's files are called is the stages' own business: a mark beside them says that one has ended
+IN = --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --resume
+HERE = $(IN) --out $(@D) --seed $(patsubst seed%,%,$(notdir $(@D)))
+.SECONDARY:
+$(PAPER)/vqgan.done: .venv/ready
+	$(PY) data.py --data $(DATA) --note $(PAPER)/data
+	$(PY) vqgan.py $(IN) --out $(PAPER) $(PAPER_VQGAN) && touch $@
+%/vqgan.done: $(PAPER)/vqgan.done
+	mkdir -p $(@D) && cp $(PAPER)/*.pt $(@D) && touch $@
+%/nativetok_$(S).done: %/vqgan.done
+	$(RUN) tokenizer.py $(HERE) --tokens $(S) $(PAPER_STAGE1) && touch $@
+%/titok_$(S).done: %/vqgan.done
+	$(RUN) tokenizer.py $(HERE) --tokens $(S) --model titok $(PAPER_TITOK) $(PAPER_STAGE1) && touch $@
+%/titok_causal_$(S).done: %/vqgan.done
+	$(RUN) tokenizer.py $(HERE) --tokens $(S) --model titok_causal $(PAPER_TITOK) $(PAPER_STAGE1) && touch $@
+%/nativetok_$(M)_full.done: %/nativetok_$(S).done
+	$(RUN) hnt.py $(HERE) --tokens $(M) --strategy full $(PAPER_HNT) && touch $@
+%/nativetok_$(M)_reuse.done: %/nativetok_$(S).done
+	$(RUN) hnt.py $(HERE) --tokens $(M) --strategy reuse $(PAPER_HNT) && touch $@
+%/nativetok_$(M).done: %/nativetok_$(S).done
+	$(RUN) hnt.py $(HERE) --tokens $(M) $(PAPER_HNT) && touch $@
+%/nativetok_$(L).done: %/nativetok_$(M).done
+	$(RUN) hnt.py $(HERE) --tokens $(L) $(PAPER_HNT) && touch $@
+%_stage2.done: %.done
+	$(RUN) tokenizer.py $(HERE) --stage 2 --checkpoint $*.pt $(PAPER_STAGE2) && touch $@
+%/ar_vqgan.done: %/vqgan.done
+	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/vqgan.pt $(PAPER_AR) && touch $@
+%/ar_nativetok_$(S).done: %/nativetok_$(S)_stage2.done
+	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/nativetok_$(S)_stage2.pt $(PAPER_AR) && touch $@
+%/ar_titok_$(S).done: %/titok_$(S)_stage2.done
+	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/titok_$(S)_stage2.pt $(PAPER_AR) && touch $@

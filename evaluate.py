@@ -6,6 +6,7 @@
     python evaluate.py rfid TOKENIZER --data DIR        # of a tokenizer's reconstructions of val
     python evaluate.py gfid GENERATOR --reference PATH  # of 50,000 samples
     python evaluate.py speed        # fast forms against plain ones, HNT, sampling; a step of each full configuration
+    make paper                      # the paper's tables and figures (make table1 ... one), from models it trains
     python evaluate.py memory       # what stage 1 needs on a GPU, estimated without one
 
 Protocol: 10,000 test images (--images; all where the data has fewer), without their border of padding; 2,500 samples
@@ -619,9 +620,9 @@ def open_pictures(path, size=None):
     raise BadInput(f"{path}: neither a folder of images nor an .npz file. Check the name")
 
 
-def dataset_pictures(dataset, limit, rounding, repaint=None):
+def dataset_pictures(dataset, limit, rounding, repaint=None, **how):
     """Images of a data set as a tokenizer sees them (all, or the `subset` of `limit`); with repaint, a tokenizer, its
-    reconstructions of them."""
+    reconstructions of them. how: for its decode_codes."""
     indices = subset(dataset, limit)
 
     def read(start, stop):
@@ -630,13 +631,13 @@ def dataset_pictures(dataset, limit, rounding, repaint=None):
             if repaint is not None:
                 with torch.inference_mode():
                     codes = repaint.encode(images.to(next(repaint.parameters()).device))
-                    images = repaint.decode_codes(codes).cpu()
+                    images = repaint.decode_codes(codes, **how).cpu()
             yield to_uint8(images, rounding)
 
     side, key = dataset.image_size, data.hash_of(dataset.fingerprint, len(indices), rounding)
     name = f"{len(indices):,} images of {dataset.name} {dataset.split}, {side}x{side}"
     if repaint is not None:
-        name, key = f"reconstructions of {name}", data.hash_of(key, trainer.fingerprint(repaint))
+        name, key = f"reconstructions of {name}", data.hash_of(key, trainer.fingerprint(repaint), *how.items())
     return Pictures(name, len(indices), key, read)
 
 
@@ -738,15 +739,21 @@ def compare_pictures(real, fake, inception, out, device):
     return scores, protocol
 
 
+def open_inception(args):
+    if not args.inception.is_file():
+        raise BadInput(f"{args.inception}: not found. FID needs the Inception weights that everyone uses, as "
+                       f"pytorch-fid (pt_inception-2015-12-05-6726825d.pth) or torch-fidelity publish them: name it "
+                       f"with --inception FILE")
+    torch.backends.cudnn.allow_tf32 = False
+    return InceptionFID(args.inception).to(args.device)
+
+
 def fid(args):
     """The sub-commands fid, rfid and gfid."""
     wanted = {"fid": 2, "rfid": 1, "gfid": 1}[args.what]
     if len(args.paths) != wanted:
         raise BadInput(f"{args.what}: {len(args.paths)} paths given, {wanted} wanted. See python evaluate.py -h")
-    if not args.inception.is_file():
-        raise BadInput(f"{args.inception}: not found. FID needs the Inception weights that everyone uses, as "
-                       f"pytorch-fid (pt_inception-2015-12-05-6726825d.pth) or torch-fidelity publish them: name it "
-                       f"with --inception FILE")
+    inception = open_inception(args)        # what is missing is said before anything is computed
     more, count = {}, args.samples or 50_000
     if args.what == "fid":
         real, fake = (open_pictures(path, args.size) for path in args.paths)
@@ -768,8 +775,6 @@ def fid(args):
             data.open_dataset(args.data, "train", tokenizer.config.image_size), args.images, args.rounding))
     if args.what != "fid":
         more["rounding to bytes"] = args.rounding
-    inception = InceptionFID(args.inception).to(args.device)
-    torch.backends.cudnn.allow_tf32 = False
     scores, protocol = compare_pictures(real, fake, inception, args.out, args.device)
     protocol += [f"{name}: {value}" for name, value in more.items()]
     if int(os.environ.get("RANK", 0)) == 0:
@@ -910,6 +915,12 @@ class Bench:
     def images(self, dataset):
         return images_of(dataset, len(self.indices))
 
+    def examples(self, count=10):
+        """[count, 3, H, W]: the first test image of each class, then others."""
+        first = np.unique(self.test.labels, return_index=True)[1]
+        chosen = np.concatenate([first, np.setdiff1d(self.indices, first)])[:count]
+        return torch.from_numpy(self.test.get_many(chosen, [None] * len(chosen))).to(self.device).float() / 255
+
     @torch.inference_mode()
     def statistics(self, dataset):
         """feature_statistics of as many images of a set as are scored."""
@@ -979,19 +990,15 @@ def measure_samples(bench, path, tokenizer_path, picture):
     generator, tokenizer = load_pair(bench, path, tokenizer_path)
     # half a batch, since guidance doubles it
     codes = sample_codes(generator, bench.sample_labels, bench.seed, BATCH // 2)                        # [samples, L]
+    data.save_picture(samples_grid(bench, codes, tokenizer), picture)
     of_class = [codes[bench.sample_labels == label][:100] for label in bench.sample_labels.unique()]
-    columns = min(10, *map(len, of_class[:20]))
-    grid = torch.cat([rows[:columns] for rows in of_class[:20]]).to(bench.device)                       # up to 20 rows
-    names = [bench.test.classes[label] for label in bench.sample_labels.unique()[:20]]
-    grid = data.picture_grid(tokenizer.decode_codes(grid), columns, scale=max(1, 64 // bench.side))
-    data.save_picture(name_rows(grid, names), picture)
     return {**bench.score_samples(codes, tokenizer.decode_codes), "guidance_scale": generator.config.guidance_scale,
             "repeats": sum(len(rows) - len(rows.unique(dim=0)) for rows in of_class)}
 
 
 def load_pair(bench, path, tokenizer_path):
     """(generator, tokenizer), checked to speak of the same codes."""
-    generator, tokenizer = load_generator(path, bench.device), load_tokenizer(tokenizer_path, bench.device)
+    generator, tokenizer = load_generator(path, bench.device), open_tokenizer(tokenizer_path, bench.device)
     if generator.about["fingerprint"] != codes_fingerprint(tokenizer):
         raise BadInput(f"{path}: trained on other codes than those of {tokenizer_path}. Train it again: "
                        f"python generator.py --mode {generator.config.mode} --overwrite")
@@ -999,7 +1006,7 @@ def load_pair(bench, path, tokenizer_path):
 
 
 @torch.inference_mode()
-def measure_order(bench, ar_path, tokenizer_path, picture):
+def order_curves(bench, ar_path, tokenizer_path):
     """Two curves that would show that the tokens have an order.
 
     bits: mean -log2 p(code_i | class, codes before it) under the AR generator, on the test images' codes; unigram: the
@@ -1024,15 +1031,20 @@ def measure_order(bench, ar_path, tokenizer_path, picture):
         decoded = [without_border(tokenizer.decode_codes(prefix_codes[:, :k]), border) for k in lengths]
         errors.append(torch.stack([(d - originals).square().mean((1, 2, 3)) for d in decoded]))         # [lengths, B]
         decibels.append(torch.stack([psnr(d, originals) for d in decoded]))
-    curves = {"bits": torch.cat(bits).mean(0).tolist(), "unigram": unigram, "lengths": lengths,
-              "mse": torch.cat(errors, 1).mean(1).tolist(), "psnr": torch.cat(decibels, 1).mean(1).tolist()}
-    positions = range(1, tokens + 1)
+    return {"bits": torch.cat(bits).mean(0).tolist(), "unigram": unigram, "lengths": lengths,
+            "mse": torch.cat(errors, 1).mean(1).tolist(), "psnr": torch.cat(decibels, 1).mean(1).tolist()}
+
+
+def measure_order(bench, ar_path, tokenizer_path, picture):
+    """order_curves, and a picture of them."""
+    curves = order_curves(bench, ar_path, tokenizer_path)
+    positions = range(1, len(curves["bits"]) + 1)
     data.save_picture(side_by_side([
         line_plot("Bits a token, by position", "position in the sequence",
                   {"under the AR generator": (positions, curves["bits"]),
-                   "entropy of the code alone": (positions, unigram)}),
+                   "entropy of the code alone": (positions, curves["unigram"])}),
         line_plot("Error, by length of the prefix", "first k codes decoded",
-                  {"mean squared error": (lengths, curves["mse"])})], 2), picture)
+                  {"mean squared error": (curves["lengths"], curves["mse"])})], 2), picture)
     return curves
 
 
@@ -1067,13 +1079,40 @@ def ticks(low, high, most=7):
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+COLOURS = ("#1f6fb4", "#d9542b", "#3a9a4e", "#7a55a8")
+
+
 def line_plot(title, x_name, curves, width=520, height=320):
-    """curves {name: (xs, ys)} -> a PIL image with axes, grid and legend. Drawn twice as large, then halved: smooth."""
+    """curves {name: (xs, ys)} or {name: (xs, ys, half widths of intervals)} -> a PIL image of width x height, drawn by
+    matplotlib where that is installed, else by Pillow."""
+    curves = {name: (list(xs), list(ys), half[0] if half else None) for name, (xs, ys, *half) in curves.items()}
+    try:
+        from matplotlib.figure import Figure        # optional: without pyplot no window system is asked for
+    except ImportError:
+        return pillow_plot(title, x_name, curves, width, height)
+    figure = Figure((width / 100, height / 100), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for (name, (xs, ys, half)), colour in zip(curves.items(), COLOURS):
+        axes.plot(xs, ys, color=colour, marker="o" if len(xs) <= 40 else None, markersize=3, label=name)
+        if half:
+            axes.fill_between(xs, np.subtract(ys, half), np.add(ys, half), color=colour, alpha=0.2, linewidth=0)
+    axes.set(title=title, xlabel=x_name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def pillow_plot(title, x_name, curves, width, height):
+    """line_plot without matplotlib: the same points and intervals. Drawn twice as large, then halved: smooth."""
     def span(values):
         room = 0.05 * (max(values) - min(values)) or 0.5                    # all alike: an axis needs a length
         return min(values) - room, max(values) + room
 
-    (x_low, x_high), (y_low, y_high) = (span([v for curve in curves.values() for v in curve[i]]) for i in (0, 1))
+    ends = {name: (np.subtract(ys, half or 0).tolist(), np.add(ys, half or 0).tolist())
+            for name, (_, ys, half) in curves.items()}
+    x_low, x_high = span([x for xs, *_ in curves.values() for x in xs])
+    y_low, y_high = span([y for low, high in ends.values() for y in low + high])
     left, top, right, bottom = 140, 110, 2 * width - 40, 2 * height - 100   # of the axes, in pixels of the large image
     image = Image.new("RGB", (2 * width, 2 * height), "white")
     draw, small, large = ImageDraw.Draw(image), ImageFont.load_default(24), ImageFont.load_default(30)
@@ -1094,8 +1133,11 @@ def line_plot(title, x_name, curves, width=520, height=320):
     draw.text((left, 16), title, "black", large)
     draw.text((right, 2 * height - 16), x_name, "#333333", small, anchor="rd")
     legend = left
-    for (name, points), colour in zip(curves.items(), ("#1f6fb4", "#d9542b", "#3a9a4e", "#7a55a8")):
-        points = [(across(x), up(y)) for x, y in zip(*points)]
+    for (name, (xs, ys, half)), colour in zip(curves.items(), COLOURS):
+        if half:
+            for x, low, high in zip(xs, *ends[name]):
+                draw.line([(across(x), up(low)), (across(x), up(high))], colour, 3)
+        points = [(across(x), up(y)) for x, y in zip(xs, ys)]
         draw.line(points, colour, 5, joint="curve")
         for x, y in points if len(points) <= 40 else ():
             draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
@@ -1106,12 +1148,20 @@ def line_plot(title, x_name, curves, width=520, height=320):
 
 
 @torch.inference_mode()
+def samples_grid(bench, codes, tokenizer):
+    """codes [samples, L], made for bench.sample_labels -> a picture with a row a class, up to 20 rows of 10."""
+    of_class = [codes[bench.sample_labels == label] for label in bench.sample_labels.unique()[:20]]
+    columns = min(10, *map(len, of_class))
+    names = [bench.test.classes[label] for label in bench.sample_labels.unique()[:20]]
+    rows = [(name, tokenizer.decode_codes(rows[:columns].to(bench.device))) for name, rows in zip(names, of_class)]
+    return picture_of(rows, 64 // bench.side)
+
+
+@torch.inference_mode()
 def draw_reconstructions(bench, files, reconstructions, prefixes):
     """Two pictures, one test image of each class in a column: every stage's reconstruction, and the last stage's from
     the first 1, 2, 4, ... codes (the paper's Fig. 6)."""
-    first = np.unique(bench.test.labels, return_index=True)[1][:10]         # the first image of each class
-    chosen = np.concatenate([first, np.setdiff1d(bench.indices, first)])[:10]
-    images = torch.from_numpy(bench.test.get_many(chosen, [None] * len(chosen))).to(bench.device).float() / 255
+    images = bench.examples()
     rows = {"original": images}
     vqgan = load_vqgan(files["vqgan"], bench.device)
     rows["VQGAN"] = vqgan.decode_codes(vqgan.encode(images))
@@ -1121,17 +1171,17 @@ def draw_reconstructions(bench, files, reconstructions, prefixes):
     stage2 = load_tokenizer(files["stage2"], bench.device)
     codes = stage2.encode(images)                                           # [10, L]
     rows["stage 2"] = stage2.decode_codes(codes)
-    save_rows(rows, reconstructions, bench)
+    data.save_picture(picture_of(rows.items(), 84 // bench.side), reconstructions)
     tokens = codes.shape[1]
     lengths = [2 ** i for i in range(tokens.bit_length()) if 2 ** i < tokens] + [tokens]
-    save_rows({"original": images, **{f"{k} code{'s'[:k > 1]}": stage2.decode_codes(codes[:, :k]) for k in lengths}},
-              prefixes, bench)
+    rows = [("original", images), *((f"{k} code{'s'[:k > 1]}", stage2.decode_codes(codes[:, :k])) for k in lengths)]
+    data.save_picture(picture_of(rows, 84 // bench.side), prefixes)
 
 
-def save_rows(rows, path, bench):
-    """{name: images [n, 3, H, W]} -> a picture with one row each."""
-    grid = data.picture_grid(torch.cat(list(rows.values())), len(rows["original"]), scale=max(1, 84 // bench.side))
-    data.save_picture(name_rows(grid, list(rows)), path)
+def picture_of(rows, scale):
+    """[(name, images [n, 3, H, W]), ...] -> a picture with one row each, a pixel at least 1 x 1."""
+    names, images = zip(*rows)
+    return name_rows(data.picture_grid(torch.cat(images), len(images[0]), max(1, scale)), names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1159,6 +1209,13 @@ class Notebook:
             trainer.write_atomically(self.path, lambda temporary: temporary.write_text(json.dumps(self.kept, indent=1)))
         self.seconds += entry["seconds"]
         return entry["value"]
+
+
+def made_of_all(args, bench):
+    """What every measurement depends on: data, numbers of images, seed, source files."""
+    return [bench.train.fingerprint, bench.test.fingerprint, len(bench.indices), len(bench.sample_labels), args.seed,
+            *(stamp(Path(__file__).with_name(f"{name}.py"))
+              for name in ("data", "trainer", "vqgan", "tokenizer", "generator", "evaluate"))]
 
 
 def stamp(path):
@@ -1217,10 +1274,15 @@ def score_table(scores, name):
     for stage, title in (("ar", "AR"), ("maskgit", "MaskGIT")):
         if stage in scores:
             rows += [row(f"3: {title} samples, guidance {scores[stage]['guidance_scale']:g}", "soft", scores[stage])]
+    return markdown(rows, left=2)
+
+
+def markdown(rows, left=1):
+    """Rows of texts, the first of them the head -> a Markdown table; all but the first `left` columns at the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [" | ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+    lines = [" | ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
              for cells in rows]
-    rule = " | ".join("-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
+    rule = " | ".join("-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths))
     return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
 
 
@@ -1415,7 +1477,8 @@ def speed_mocet(device, batch):
             step(mocet.forward)
             mocet.recompute = False
 
-        compare(f"MoCET {size}, batch {count}", ("fast", lambda: step(mocet.forward)), ("--recompute", recomputed), device)
+        compare(f"MoCET {size}, batch {count}", ("fast", lambda: step(mocet.forward)), ("--recompute", recomputed),
+                device)
 
 
 @torch.inference_mode()
@@ -1427,9 +1490,9 @@ def speed_encoding(device, batch):
             paper="0.88x")
 
 
-def speed_hnt(device, batch):
-    """Table 3b: a step of NativeTok-64, forward, backward and AdamW, with all and with the new part training."""
-    step_full = training_step("nativetok_64", device, batch)
+def hnt_steps(name, device, batch):
+    """(full, frozen): steps of a NativeTok, forward, backward and AdamW, with all and with the second half training."""
+    step_full = training_step(name, device, batch)
     model, optimizer = step_full.keywords["model"], step_full.keywords["optimizer"]
     trains = [p for p in model.parameters() if p.requires_grad]
 
@@ -1439,10 +1502,15 @@ def speed_hnt(device, batch):
         step_full()
 
     def frozen():
-        freeze_reused(model, 32)    # AdamW leaves out what has no gradient
+        freeze_reused(model, len(model.mocet.experts) // 2)     # AdamW leaves out what has no gradient
         step_full()
 
-    compare("HNT-64, a step", ("full", full), ("frozen", frozen), device, rounds=3, paper="1.33x")
+    return ("full", full), ("frozen", frozen)
+
+
+def speed_hnt(device, batch):
+    """Table 3b."""
+    compare("HNT-64, a step", *hnt_steps("nativetok_64", device, batch), device, rounds=3, paper="1.33x")
 
 
 @torch.inference_mode()
@@ -1652,11 +1720,464 @@ def kept(forward, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The paper's tables and figures: make paper, or make table1, table3a ...
+
+TABLES = ("table1", "table3a", "table3b", "table3c", "table5", "table6", "fig5", "fig6", "fig7", "fig8", "order")
+CHANGED = (1, 2, 3, 4)          # Table 6
+
+
+@dataclass
+class Claim:
+    """What a table of the paper says: `ours` is lower than `others` (values of the same seeds)."""
+    words: str
+    ours: list[float]
+    others: list[float]
+    paper: float                # the paper's difference
+
+    def __str__(self):
+        gaps = np.subtract(self.ours, self.others)
+        half = half_width(gaps)
+        verdict = ("one seed cannot decide" if half is None
+                   else "not decided by these seeds" if abs(gaps.mean()) <= half
+                   else "so it is here too" if gaps.mean() * self.paper > 0 else "here it is the other way round")
+        return f"{self.words}: {spread(gaps, '+.2f')} (paper {self.paper:+.2f}): {verdict}."
+
+
+def half_width(values):
+    """Half of the 95 % interval of the mean by Student's t; None of a single value."""
+    n = len(values)
+    return None if n < 2 else float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def spread(values, form=".2f"):
+    """"mean ± half of the 95 % interval" of one value a seed; the value alone of a single one."""
+    half = half_width(values)
+    return f"{np.mean(values):{form}}" + ("" if half is None else f" ± {half:{form.lstrip('+')}}")
+
+
+class Paper:
+    """The models that `make paper` trained: <out>/vqgan.pt, and everything else once a seed, <out>/seed0, seed1, ...
+
+    A method for each table and figure returns what `publish` writes. Scores: with Inception weights (full size) the
+    FID of all test images, and of 50,000 samples against the training images; else the FD-classifier's.
+    """
+
+    def __init__(self, args, bench, made_of):
+        self.bench, self.args = bench, args
+        self.out, self.kept = args.out, Notebook(args.out / "measured.json", made_of)
+        found = [(int(m[1]), path) for path in args.out.glob("seed*") if (m := re.fullmatch(r"seed(\d+)", path.name))]
+        self.folders = [path for _, path in sorted(found)]
+        self.small, self.medium, self.large = {"toy": (8, 16, 32), "full": (32, 64, 128)}[args.config]
+        self.pair = {"NativeTok": f"nativetok_{self.small}", "TiTok": f"titok_{self.small}"}
+
+    @functools.cached_property
+    def inception(self):
+        """None: the FD-classifier scores."""
+        if self.args.config == "toy":
+            return None
+        torch.backends.cudnn.allow_tf32 = False
+        return open_inception(self.args)
+
+    @property
+    def score(self):
+        return "FID" if self.inception else "FD-classifier"
+
+    def of_seeds(self, what, measure, *names):
+        """[measure(*files) for each seed], from the notebook where files have not changed. names: of checkpoints."""
+        result = []
+        for folder in self.folders:
+            files = [folder / f"{name}.pt" for name in names]
+            for file in files:
+                if not file.exists():
+                    raise BadInput(f"{file}: not found. {self.args.what} needs it: make {self.args.what}"
+                                   + (f" CONFIG={self.args.config}" if self.args.config != "toy" else ""))
+            result.append(self.kept(f"{folder.name}: {what} of {', '.join(names)}", files, lambda: measure(*files)))
+        return result
+
+    def reconstructions(self, name):
+        """Score of the test images' reconstructions, a value a seed. Stage 1 is decoded by argmax: see measure_stage1.
+        """
+        def measure(path):
+            tokenizer = open_tokenizer(path, self.bench.device)
+            hard = {"hard": True} if getattr(tokenizer, "fine_tuned", True) is False else {}
+            if self.inception:
+                test = functools.partial(dataset_pictures, self.bench.test, None, self.args.rounding)
+                return compare_pictures(test(), test(tokenizer, **hard), self.inception, self.out,
+                                        self.bench.device)[0]["FID"]
+            decode = functools.partial(tokenizer.decode_codes, **hard)
+            return self.bench.score_reconstructions(self.bench.encode(tokenizer), decode)["fd"]
+
+        return self.of_seeds("reconstructions", measure, name)
+
+    def samples(self, ar, name):
+        """Score of an AR generator's samples, a value a seed."""
+        def measure(ar_path, path):
+            generator, tokenizer = load_pair(self.bench, ar_path, path)
+            if self.inception:
+                fake = samples(generator, tokenizer, 50_000, self.bench.seed, self.args.rounding, self.bench.device)
+                real = dataset_pictures(self.bench.train, None, self.args.rounding)
+                return compare_pictures(real, fake, self.inception, self.out, self.bench.device)[0]["FID"]
+            codes = sample_codes(generator, self.bench.sample_labels, self.bench.seed, BATCH // 2)      # [samples, L]
+            return self.bench.score_samples(codes, tokenizer.decode_codes)["fd"]
+
+        return self.of_seeds("samples", measure, ar, name)
+
+    def parameters(self, name):
+        """Millions, the pixel decoder included, as in the paper's tables."""
+        model = open_tokenizer(self.folders[0] / f"{name}.pt")
+        return f"{trainer.count([model]) / 1e6:.{0 if trainer.count([model]) > 1e8 else 2}f}M"
+
+    def table1(self):
+        """Three tokenizers under one AR generator. NativeTok, TiTok: stage 2's, equal steps and parameters."""
+        rows, numbers = [["tokenizer", "parameters", "tokens", f"r{self.score}", "paper: rFID", f"g{self.score}, AR",
+                          "paper: gFID"]], {}
+        for title, name, ar, published in (
+                ("VQGAN", "vqgan", "ar_vqgan", ("2.19", "5.46")),
+                ("TiTok", f"titok_{self.small}_stage2", f"ar_titok_{self.small}", ("2.21", "7.45")),
+                ("NativeTok", f"nativetok_{self.small}_stage2", f"ar_nativetok_{self.small}", ("2.57", "5.23"))):
+            r, g = self.reconstructions(name), self.samples(ar, name)
+            tokens = open_tokenizer(self.folders[0] / f"{name}.pt").config.tokens
+            # all seeds share the VQGAN
+            rows.append([title, self.parameters(name), str(tokens), spread(r[:1] if title == "VQGAN" else r),
+                         published[0], spread(g), published[1]])
+            numbers[title] = {"reconstructions": r, "samples": g}
+        n, t, v = (numbers[k]["samples"] for k in ("NativeTok", "TiTok", "VQGAN"))
+        claims = [Claim("samples, NativeTok less TiTok", n, t, 5.23 - 7.45),
+                  Claim("samples, NativeTok less VQGAN", n, v, 5.23 - 5.46),
+                  Claim("reconstructions, NativeTok less TiTok",
+                        *(numbers[k]["reconstructions"] for k in ("NativeTok", "TiTok")), 2.57 - 2.21)]
+        return Published("Table 1: tokenizers under one AR generator", rows, numbers, claims)
+
+    def table3a(self):
+        """Kinds of attention: stage 1 alone, equal steps and parameters."""
+        published = {"TiTok": 12.99, "TiTok (causal)": 12.95, "NativeTok": 11.19}
+        names = {"TiTok": f"titok_{self.small}", "TiTok (causal)": f"titok_causal_{self.small}",
+                 "NativeTok": f"nativetok_{self.small}"}
+        numbers = {title: self.reconstructions(name) for title, name in names.items()}
+        rows = [["model", "parameters", f"r{self.score}", "paper: rFID"]]
+        rows += [[f"{title}, {self.small} tokens", self.parameters(names[title]), spread(numbers[title]),
+                  str(published[title])] for title in names]
+        claims = [Claim(f"NativeTok less {other}", numbers["NativeTok"], numbers[other], 11.19 - published[other])
+                  for other in ("TiTok", "TiTok (causal)")]
+        return Published("Table 3a: attention", rows, numbers, claims)
+
+    def table3b(self):
+        """HNT's strategies. Seconds: forms that took turns in one run, on random images, once for all seeds."""
+        name = f"nativetok_{self.medium}"
+        batch = {"toy": 16, "full": 64}[self.args.config]
+        numbers = {"full": self.reconstructions(f"{name}_full"), "reuse": self.reconstructions(f"{name}_reuse"),
+                   "reuse + fine-tune": self.reconstructions(name)}
+        seconds = self.kept("seconds a step", [], lambda: trainer.take_turns(
+            dict(hnt_steps("toy" if self.args.config == "toy" else name, self.bench.device, batch)), 5,
+            self.bench.device))
+        published = {"full": ("6.50", "1.53 s"), "reuse": ("6.46", "1.15 s"), "reuse + fine-tune": ("6.22", "-")}
+        own = {"full": f"{seconds['full']:.3f} s", "reuse": f"{seconds['frozen']:.3f} s", "reuse + fine-tune": "-"}
+        rows = [["strategy", f"r{self.score}", "paper: rFID", "a step", "paper: a step"]]
+        rows += [[title, spread(numbers[title]), published[title][0], own[title], published[title][1]]
+                 for title in numbers]
+        claims = [Claim("reuse less full", numbers["reuse"], numbers["full"], 6.46 - 6.50),
+                  Claim("reuse + fine-tune less reuse", numbers["reuse + fine-tune"], numbers["reuse"], 6.22 - 6.46)]
+        return Published(f"Table 3b: training strategies, {self.medium} tokens grown from {self.small}", rows,
+                         {**numbers, "seconds": seconds}, claims,
+                         [f"A step, frozen / full: {seconds['frozen'] / seconds['full']:.2f} (paper 0.75); batch "
+                          f"{batch}. full starts at random: it does without the steps that the others' source had."])
+
+    def table3c(self):
+        """Encoding speed: images -> codes, forms that take turns in one run. Weights do not matter, so seed 0's."""
+        batch = 64
+        models = {"VQGAN": "vqgan", **{"TiTok": self.pair["TiTok"], "NativeTok": self.pair["NativeTok"]}}
+        size = self.bench.test.image_size
+
+        @torch.inference_mode()
+        def measure(*paths):
+            images = torch.rand(batch, 3, size, size, device=self.bench.device)
+            forms = {title: functools.partial(open_tokenizer(path, self.bench.device).encode, images)
+                     for title, path in zip(models, paths)}
+            return trainer.take_turns(forms, 9, self.bench.device)
+
+        files = [self.folders[0] / f"{name}.pt" for name in models.values()]
+        seconds = self.kept("encoding", files, lambda: measure(*files))
+        speed = {title: batch / value for title, value in seconds.items()}
+        rows = [["model", "images/s", "of TiTok's", "paper: images/s", "of TiTok's"]]
+        for title, published in (("VQGAN", 233.02), ("TiTok", 136.32), ("NativeTok", 119.85)):
+            rows.append([title, f"{speed[title]:.1f}", f"{speed[title] / speed['TiTok']:.2f}", f"{published:.2f}",
+                         f"{published / 136.32:.2f}"])
+        return Published("Table 3c: encoding speed", rows, speed, all_seeds=False, notes=[
+            f"Batch {batch}. Times of a shared machine: compare the ratios."])
+
+    def table5(self):
+        """Number of tokens and stage. medium and large are grown (HNT), for fewer steps each than small was trained."""
+        published = {self.small: ("5.10", "2.57"), self.medium: ("3.54", "1.89"), self.large: ("2.86", "1.19")}
+        rows, numbers = [["model", "parameters", f"r{self.score}, stage 1", "paper: rFID", f"r{self.score}, stage 2",
+                          "paper: rFID"]], {}
+        for tokens, (first, second) in published.items():
+            name = f"nativetok_{tokens}"
+            numbers[name] = {"stage 1": self.reconstructions(name), "stage 2": self.reconstructions(f"{name}_stage2")}
+            rows.append([f"NativeTok-{tokens}", self.parameters(name), spread(numbers[name]["stage 1"]), first,
+                         spread(numbers[name]["stage 2"]), second])
+        s, m, l = (numbers[f"nativetok_{n}"]["stage 2"] for n in published)
+        claims = [Claim(f"stage 2, {self.medium} less {self.small} tokens", m, s, 1.89 - 2.57),
+                  Claim(f"stage 2, {self.large} less {self.medium} tokens", l, m, 1.19 - 1.89)]
+        return Published("Table 5: number of tokens, before and after the decoder's fine-tuning", rows, numbers, claims)
+
+    def table6(self):
+        top, share = self.top()
+        numbers = {title: self.of_seeds("overlap", lambda ar: token_overlap(load_generator(ar, self.bench.device), top),
+                                        f"ar_{name}") for title, name in self.pair.items()}
+        published = {"NativeTok": (56.26, 50.89, 48.34, 48.44), "TiTok": (78.66, 75.78, 73.43, 68.37)}
+        rows = [["codes changed", *(head for title in numbers for head in (title, f"paper: {title}"))]]
+        rows += [[str(n), *(cell for title in numbers for cell in (
+            spread([100 * seed[i] for seed in numbers[title]], ".1f") + " %", f"{published[title][i]:.1f} %"))]
+            for i, n in enumerate(CHANGED)]
+        claims = [Claim(f"{n} changed, NativeTok less TiTok, points",
+                        *([100 * seed[i] for seed in numbers[title]] for title in self.pair),
+                        published["NativeTok"][i] - published["TiTok"][i]) for i, n in enumerate(CHANGED)]
+        return Published(f"Table 6: overlap of the {top} likeliest next codes ({share:.0%} of the codebook; by chance "
+                         f"{share:.1%})", rows, numbers, claims)
+
+    def top(self):
+        """(how many of the likeliest codes are compared, their share): the paper's 100 of 4096, else a tenth."""
+        size = load_generator(self.folders[0] / f"ar_{self.pair['NativeTok']}.pt").config.codebook_size
+        top = 100 if size >= 4096 else size // 10
+        return top, top / size
+
+    @torch.inference_mode()
+    def fig5(self):
+        """Two next-code distributions, of the greedy prefix and of one with its last 2 or 4 codes changed; class 0, the
+        position after `at` + changed codes, seed 0. The overlap of one such pair says little: Table 6 has the mean."""
+        top, at, plots, numbers = self.top()[0], 1, [], {}
+        for changed in (2, 4):
+            for title, name in self.pair.items():
+                ar = load_generator(self.folders[0] / f"ar_{name}.pt", self.bench.device)
+                before, after = changed_distributions(ar, torch.zeros(1, dtype=torch.int64), at, changed, seed=0)[-1]
+                share = overlap(before, after, top).item()
+                numbers[f"{title}, {changed} changed"] = {"overlap": share, "before": before[0].tolist(),
+                                                          "after": after[0].tolist()}
+                plots.append(stem_plot(f"{title}, {changed} codes changed: {share:.0%} overlap", before[0].cpu(),
+                                       after[0].cpu(), top))
+        return Published("Fig. 5: the next code's distribution, before (up) and after (down)", [], numbers,
+                         picture=side_by_side(plots, 2), all_seeds=False)
+
+    @torch.inference_mode()
+    def fig6(self):
+        """The first 0, 1, ... codes decoded, for three images; NativeTok above TiTok, the original at the right."""
+        images, rows = self.bench.examples()[:9:4], []
+        models = {title: load_tokenizer(self.folders[0] / f"{name}_stage2.pt", self.bench.device)
+                  for title, name in self.pair.items()}
+        for image in images.split(1):
+            for title, model in models.items():
+                codes = model.encode(image)                                 # [1, L]
+                lengths = sorted({round(k) for k in np.linspace(0, codes.shape[1], min(codes.shape[1], 16) + 1)})
+                rows.append((title, torch.cat([model.decode_codes(codes[:, :k]) for k in lengths] + [image])))
+        return Published(f"Fig. 6: the first {', '.join(map(str, lengths))} codes, and the original", [], {},
+                         picture=picture_of(rows, 64 // self.bench.side), all_seeds=False)
+
+    @torch.inference_mode()
+    def fig7(self):
+        images = self.bench.examples()
+        rows = [("original", images)]
+        for tokens in (self.large, self.medium, self.small):
+            model = load_tokenizer(self.folders[0] / f"nativetok_{tokens}_stage2.pt", self.bench.device)
+            rows.append((f"NativeTok-{tokens}", model.decode_codes(model.encode(images))))
+        return Published("Fig. 7: reconstructions", [], {}, picture=picture_of(rows, 64 // self.bench.side),
+                         all_seeds=False)
+
+    @torch.inference_mode()
+    def fig8(self):
+        """Samples of the AR generator over NativeTok and over TiTok, seed 0, one row a class."""
+        grids = []
+        for name in self.pair.values():
+            generator, tokenizer = load_pair(self.bench, *(self.folders[0] / f"{n}.pt" for n in
+                                                           (f"ar_{name}", f"{name}_stage2")))
+            codes = sample_codes(generator, self.bench.sample_labels, self.bench.seed, BATCH // 2)
+            grids.append(samples_grid(self.bench, codes, tokenizer))
+        return Published("Fig. 8: samples, NativeTok left, TiTok right", [], {}, picture=side_by_side(grids, 2),
+                         all_seeds=False)
+
+    def order(self):
+        """Beyond the paper: bits a token by position, error by prefix, and what a code tells of the next one."""
+        def measure(ar, path):
+            curves = order_curves(self.bench, ar, path)
+            codes = np.load(path.with_name(f"codes_{path.stem.removesuffix('_stage2')}_train.npy"))[0]  # [n, L]
+            return {**curves, "neighbours": neighbour_information(codes, load_generator(ar).config.codebook_size)}
+
+        numbers = {title: self.of_seeds("order", measure, f"ar_{name}", f"{name}_stage2")
+                   for title, name in self.pair.items()}
+
+        def plot(title, x_name, key, xs):
+            curves = {}
+            for name, seeds in numbers.items():
+                values = np.array([seed[key] for seed in seeds])            # [seeds, positions]
+                half = [half_width(column) or 0.0 for column in values.T]
+                curves[name] = (xs or seeds[0]["lengths"], values.mean(0).tolist(), half)
+            return line_plot(title, x_name, curves)
+
+        tokens = self.small
+        plots = [plot("Bits a token under the AR generator", "position", "bits", range(1, tokens + 1)),
+                 plot("Entropy of the code alone, bits", "position", "unigram", range(1, tokens + 1)),
+                 plot("Error by prefix (mean squared)", "first k codes decoded", "mse", None),
+                 plot("Bits a code tells of the next one", "position of the first", "neighbours", range(1, tokens))]
+        rows = [["", *numbers]]
+        for title, value in (
+                ("bits an image under the AR generator", lambda s: sum(s["bits"])),
+                ("entropies of the codes alone, summed", lambda s: sum(s["unigram"])),
+                ("of these class and context explain, %", lambda s: 100 - 100 * sum(s["bits"]) / sum(s["unigram"])),
+                ("bits a code tells of the next one, mean", lambda s: np.mean(s["neighbours"])),
+                ("error of half the codes / of all", lambda s: s["mse"][len(s["mse"]) // 2 - 1] / s["mse"][-1])):
+            rows.append([title, *(spread([value(seed) for seed in seeds]) for seeds in numbers.values())])
+        return Published("Order of the codes (not in the paper)", rows, numbers, picture=side_by_side(plots, 2))
+
+
+@dataclass
+class Published:
+    """A table or figure: title, rows of texts (the first is the head), numbers for the JSON, and a picture."""
+    title: str
+    rows: list
+    numbers: dict
+    claims: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+    picture: Image.Image | None = None
+    all_seeds: bool = True                  # False: of seed 0
+
+
+def changed_distributions(ar, labels, at, changed, seed):
+    """What the next code is thought to be, after a greedy prefix and after one whose last codes were changed.
+
+    labels [n]; at: i, codes before it are kept. Returns for m = 1 .. changed (before [n, K], after [n, K]), the
+    probabilities of code i + m where codes i .. i + m - 1 are the greedy ones, and where they are others. Section 4.4's
+    method, step by step; where its text leaves a choice, ours stands in brackets:
+    1. A condition C is given. [A class; the same for both inputs; no guidance, temperature 1.]
+    2. Codes before i are "deterministically selected as the most probable choices": greedy.
+    3. Codes i .. j - 1 are "sampled according to their probability distribution". [In one of the two inputs; the other
+       goes on greedily. The paper may as well have sampled both. The code that greedy takes is left out of the draw, so
+       that exactly m codes differ: the table's "number of inconsistent tokens".]
+    4. The distributions of the next code under the two inputs are compared. [Code j, right after the changed ones; the
+       text says "position j + 1", and may count from 1.]
+    """
+    device = next(ar.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    labels = labels.to(device)
+    greedy = ar.generate(labels, top_k=1)                                   # [n, L]
+    before = ar(greedy, labels).softmax(-1)                                 # [n, L, K]
+    codes, after, result = greedy.clone(), before, []
+    for position in range(at, at + changed):
+        others = after[:, position].scatter(1, greedy[:, position, None], 0.0)                          # [n, K]
+        codes[:, position] = torch.multinomial(others.cpu(), 1, generator=generator)[:, 0].to(device)
+        after = ar(codes, labels).softmax(-1)
+        result.append((before[:, position + 1], after[:, position + 1]))
+    return result
+
+
+def overlap(p, q, top):
+    """Share of the `top` likeliest codes that two sets of distributions [n, K] have in common: [n], 0 .. 1."""
+    members = [torch.zeros_like(x, dtype=torch.bool).scatter_(1, x.topk(top).indices, True) for x in (p, q)]
+    return (members[0] & members[1]).sum(1) / top
+
+
+@torch.inference_mode()
+def token_overlap(ar, top, draws=256, seed=0):
+    """Table 6: [overlap for m in CHANGED], each the mean over all classes, all positions i that leave room for four
+    changed codes and one more, and at least `draws` draws. See changed_distributions. [The paper averages over 1,000
+    classes; its i is not told. The same positions here for all m.] A small overlap says that the generator reacts to
+    the codes before; whether it is right to is what its loss says: one that was never trained reacts as well.
+    """
+    classes, found = ar.config.num_classes, []
+    for labels in torch.arange(classes).repeat(-(-draws // classes)).split(512):
+        for at in range(ar.config.tokens - max(CHANGED)):
+            pairs = changed_distributions(ar, labels, at, max(CHANGED), seed + at)
+            found.append([overlap(before, after, top).mean().item() for before, after in pairs])
+    return np.mean(found, axis=0).tolist()
+
+
+def neighbour_information(codes, codebook_size, seed=0):
+    """Mutual information of codes i and i + 1 in bits, [L - 1], of codes [n, L].
+
+    Counted frequencies alone find information where there is none: so many pairs never come twice. What they find where
+    the second codes are shuffled over the images, and nothing can be there, is taken off. That takes off too much where
+    codes do depend on each other, so the result is a lower bound, roughly; at equal n and codebook it compares.
+    """
+    def entropy(values):
+        share = np.unique(values, return_counts=True)[1] / len(values)
+        return -(share * np.log2(share)).sum()
+
+    random, result = np.random.default_rng(seed), []
+    for first, second in zip(codes.T.astype(np.int64), codes.T[1:].astype(np.int64)):
+        joint = entropy(first * codebook_size + second)
+        shuffled = entropy(first * codebook_size + random.permutation(second))
+        result.append(float(shuffled - joint))      # the two codes' own entropies are the same in both
+    return result
+
+
+def stem_plot(title, p, q, top, width=520, height=320):
+    """Two distributions [K] over a codebook, p up and q down, of each the `top` likeliest codes: blue where both have
+    them, red where only one has. Heights are square roots of probabilities, or only the first few could be seen."""
+    image = Image.new("RGB", (2 * width, 2 * height), "white")
+    draw, font, middle = ImageDraw.Draw(image), ImageFont.load_default(28), height + 20
+    members = [set(x.topk(top).indices.tolist()) for x in (p, q)]
+    tallest = max(p.max(), q.max()).item() ** 0.5
+    for x, own, direction in ((p, members[0], -1), (q, members[1], 1)):
+        for code in sorted(own):
+            across = 40 + code / len(p) * (2 * width - 80)
+            length = (height - 70) * x[code].item() ** 0.5 / tallest
+            colour = "#1f6fb4" if code in members[0] & members[1] else "#d9542b"
+            draw.line([(across, middle), (across, middle + direction * length)], colour, 4)
+    draw.line([(40, middle), (2 * width - 40, middle)], "#333333", 2)
+    draw.text((40, 16), title, "black", font)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def publish(paper, name):
+    """Print a table or figure; write <out>/<name>.md, .json and .png. Numbers of all seeds are in the JSON."""
+    made, bench, seeds = getattr(paper, name)(), paper.bench, len(paper.folders)
+    size = "another data set and another size than the paper's" if paper.args.config == "toy" else "see the protocol"
+    where = [f"{bench.test.name}, {len(bench.indices):,} test images" + f" and {len(bench.sample_labels):,} samples; "
+             f"{paper.args.config}: {size}. " + ("Seed 0." if not made.all_seeds else
+             f"{seeds} seeds: mean ± half of the 95 % interval (Student's t); the VQGAN is the same for all."
+             if seeds > 1 else "1 seed, so no interval."), f"{machine(bench.device)}; torch {torch.__version__}"]
+    if made.rows and paper.score in str(made.rows):
+        where.append("FD-classifier: evaluate.py's own network, not FID; compare with the paper which of two "
+                     "is lower, not the values." if not paper.inception else
+                     f"FID: Inception of 2015, weights {paper.inception.fingerprint}, {paper.args.rounding} to bytes; "
+                     f"rFID of all test images, gFID of 50,000 samples against the training images.")
+    picture = f"{name}.png" if made.picture is not None else None
+    if picture:
+        data.save_picture(made.picture, paper.out / picture)
+    lines = [f"### {made.title}", "", *([markdown(made.rows), ""] if made.rows else []),
+             *([f"![]({picture})", ""] if picture else []), *(f"- {claim}" for claim in made.claims),
+             *(f"- {note}" for note in made.notes + where)]
+    text = "\n".join(lines) + "\n"
+    facts = {"title": made.title, "config": paper.args.config, "data": bench.test.name, "seeds": seeds,
+             "numbers": made.numbers, "table": made.rows, "claims": [str(c) for c in made.claims],
+             "protocol": made.notes + where}
+    for ending, content in ((".md", text), (".json", json.dumps(facts, indent=1) + "\n")):
+        trainer.write_atomically(paper.out / f"{name}{ending}", lambda temporary: temporary.write_text(content))
+    print(text, flush=True)
+    return text
+
+
+def paper(args):
+    """make paper, make table1 ...: what is asked for, from what is trained."""
+    path = args.out / "vqgan.pt"
+    checkpoint = trainer.load_checkpoint(path, "vqgan", make=f"make {args.what}")
+    bench = Bench(args, checkpoint["config"]["image_size"])
+    it = Paper(args, bench, made_of_all(args, bench))
+    if not it.folders:
+        raise BadInput(f"{args.out}: holds no folder seed0. Train what {args.what} needs: make {args.what}")
+    names = TABLES if args.what == "paper" else (args.what,)
+    texts = [publish(it, name) for name in names]
+    if args.what == "paper":
+        trainer.write_atomically(args.out / "paper.md", lambda temporary: temporary.write_text("\n".join(texts)))
+        print(f"{args.out / 'paper.md'}: all of it, with pictures")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def main():
     parser = trainer.ArgumentParser(__doc__)
-    parser.add_argument("what", choices=("report", "scores", "fid", "rfid", "gfid", "speed", "memory"))
+    parser.add_argument("what", choices=("report", "scores", "fid", "rfid", "gfid", "speed", "memory", "paper",
+                                             *TABLES), metavar="what", help="report, scores, fid, rfid, gfid, speed, "
+                        "memory; paper, or one of its tables and figures: " + ", ".join(TABLES))
     parser.add_argument("paths", nargs="*", help="fid: the reference and what is scored, folders or .npz; rfid: a "
                         "tokenizer or VQGAN; gfid: a generator")
     parser.add_argument("--config", choices=("toy", "full"), help="default: full where CUDA is present, else toy")
@@ -1687,6 +2208,8 @@ def main():
         return speed(args.device, args.batch_size)
     if args.what == "memory":
         return memory(args.batch_size or 64)
+    if args.what in ("paper", *TABLES):
+        return paper(args)
     tokens = args.tokens or PRESETS[args.config].tokens
     if tokens < 1 or min(args.images, args.samples) < 2:
         raise BadInput(f"--tokens {tokens} --images {args.images} --samples {args.samples}: at least 1 token, 2 images "
@@ -1697,10 +2220,7 @@ def main():
         raise BadInput(f"{files[missing[0]]}: not found. Train it first: {commands[missing[0]]}")
     checkpoint = trainer.load_checkpoint(files["vqgan"], "vqgan", make=commands["vqgan"])
     bench = Bench(args, checkpoint["config"]["image_size"])
-    made_of = [bench.train.fingerprint, bench.test.fingerprint, len(bench.indices), len(bench.sample_labels),
-               args.seed, *(stamp(Path(__file__).with_name(f"{name}.py"))
-                 for name in ("data", "trainer", "vqgan", "tokenizer", "generator", "evaluate"))]
-    notebook = Notebook(args.out / "measured.json", made_of)
+    notebook = Notebook(args.out / "measured.json", made_of_all(args, bench))
     if args.what == "report":
         return report(args, bench, notebook, files, name, checkpoint.get("settings", {}).get("seed"))
     print(f"{score_table(measure_all(bench, notebook, files), name)}\n{protocol(bench)}")

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -2433,3 +2435,137 @@ def test_report(tmp_path):
     assert partial.returncode == 0 and "AR samples" in partial.stdout and "not there yet" in partial.stdout
     wrong = script(tmp_path, "evaluate.py", "repart")
     assert wrong.returncode == 2 and "Did you mean report" in wrong.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's tables and figures (evaluate.py, Makefile)
+
+class Bigram(nn.Module):
+    """An AR generator whose next code is decided by the one before: table [K + 1, K], the last row is the start's."""
+
+    def __init__(self, table, tokens):
+        super().__init__()
+        self.table, self.seen = nn.Parameter(torch.as_tensor(table, dtype=torch.float32)), []
+        self.config = SimpleNamespace(num_classes=2, tokens=tokens, codebook_size=len(table) - 1)
+
+    def forward(self, codes, labels):
+        self.seen.append(codes.clone())
+        start = torch.full_like(codes[:, :1], len(self.table) - 1)
+        return self.table[torch.cat([start, codes[:, :-1]], 1)]             # [n, L, K]
+
+    def generate(self, labels, top_k):
+        assert top_k == 1
+        codes = torch.zeros(len(labels), self.config.tokens, dtype=torch.int64)
+        for i in range(self.config.tokens):
+            codes[:, i] = self(codes, labels)[:, i].argmax(1)
+        return codes
+
+
+def test_changed_codes():
+    """Exactly m codes differ from the greedy ones, from position i on, and they are sampled."""
+    random = torch.Generator().manual_seed(0)
+    ar = Bigram(torch.randn(9, 8, generator=random), tokens=7)
+    labels = torch.zeros(200, dtype=torch.int64)
+    greedy = ar.generate(labels, 1)
+    ar.seen.clear()
+    pairs = evaluate.changed_distributions(ar, labels, at=2, changed=3, seed=0)
+    assert len(pairs) == 3
+    inputs = ar.seen[-3:]                                                   # after 1, 2, 3 changes
+    for m, codes in enumerate(inputs, 1):
+        differs = codes != greedy
+        assert differs[:, 2:2 + m].all() and not differs[:, :2].any() and not differs[:, 2 + m:].any()
+        before, after = pairs[m - 1]
+        assert torch.equal(before, ar.table[greedy[:, 1 + m]].softmax(-1))
+        assert torch.equal(after, ar.table[codes[:, 1 + m]].softmax(-1))
+    # the sampled code follows the distribution without its greedy code
+    p = ar.table[greedy[0, 1]].softmax(-1).detach()
+    p[greedy[0, 2]] = 0
+    share = torch.bincount(inputs[0][:, 2], minlength=8) / 200
+    assert (share - p / p.sum()).abs().max() < 0.1
+
+
+def test_token_overlap():
+    """1 where the generator does not listen, 0 where each code has successors of its own, as counted by hand else."""
+    assert evaluate.token_overlap(Bigram([list(range(12))] * 13, 6), top=3, draws=4) == [1.0] * 4
+    apart = torch.zeros(13, 12)
+    for code in range(12):
+        apart[code, 3 * (code % 4):3 * (code % 4) + 3] = 5.0        # codes of other remainders: other successors
+    apart[12, 0] = 9.0
+    found = evaluate.token_overlap(Bigram(apart + 0.01 * torch.arange(12), 6), top=3, draws=64)
+    assert all(value < 0.35 for value in found)                     # a changed code may have the same remainder
+    p, q = torch.tensor([[4.0, 3, 2, 1, 0]]), torch.tensor([[4.0, 0, 3, 1, 2]])
+    assert [evaluate.overlap(p, q, top).item() for top in (1, 2, 3, 5)] == pytest.approx([1, 0.5, 2 / 3, 1])
+
+
+def test_neighbour_information():
+    """0 of independent codes, the entropy of codes that are repeated, and the sum it must have in between."""
+    random = np.random.default_rng(0)
+    first = random.integers(0, 16, 20_000)
+    noisy = np.where(random.random(20_000) < 0.5, first, random.integers(0, 16, 20_000))
+    codes = np.stack([first, first, random.integers(0, 16, 20_000), noisy], 1)
+    again, none, _ = evaluate.neighbour_information(codes, 16)
+    half, = evaluate.neighbour_information(codes[:, [0, 3]], 16)
+    same = 0.5 + 0.5 / 16
+    exact = 4 + same * math.log2(same) + 15 * (0.5 / 16) * math.log2(0.5 / 16)
+    assert again == pytest.approx(4, abs=0.02) and none == pytest.approx(0, abs=0.01)
+    assert half == pytest.approx(exact, abs=0.03)
+    # many codes, few images: frequencies alone would find bits; taken off, none are left
+    few = random.integers(0, 512, (2_000, 2))
+    assert evaluate.neighbour_information(few, 512)[0] == pytest.approx(0, abs=0.05)
+
+
+def test_intervals_and_claims():
+    assert evaluate.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3 ** 0.5)       # t table, 2 degrees
+    assert evaluate.half_width([1.0]) is None and evaluate.spread([1.0]) == "1.00"
+    assert evaluate.spread([1.0, 2.0, 3.0]) == "2.00 ± 2.48"
+    said = [str(evaluate.Claim("a less b", ours, others, -2.0)) for ours, others in
+            (([1, 1.1, 0.9], [3, 3.2, 2.9]), ([3, 3.2, 2.9], [1, 1.1, 0.9]), ([1, 3, 2], [2, 1, 3]), ([1], [3]))]
+    assert ["so it is here too" in said[0], "the other way round" in said[1], "not decided" in said[2],
+            "one seed" in said[3]] == [True] * 4 and "paper -2.00" in said[0]
+
+
+def test_plots_with_and_without_matplotlib(monkeypatch):
+    """The same curves, with intervals, through both; each colour is there, and an interval adds to the picture."""
+    xs, curves = [1, 2, 3], {"a": ([1, 2, 3], [3.0, 2.0, 1.0], [0.5] * 3), "b": ([1, 2, 3], [1.0, 1.5, 3.0])}
+    for module in ("present", None):
+        if module is None:
+            monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        plot = evaluate.line_plot("title", "x", curves)
+        assert plot.size == (520, 320)
+        pixels = np.asarray(plot).reshape(-1, 3).astype(int)
+        for colour in ((0x1f, 0x6f, 0xb4), (0xd9, 0x54, 0x2b)):
+            assert (np.abs(pixels - colour).sum(1) < 30).sum() > 50
+        without = evaluate.line_plot("title", "x", {"a": (xs, [3.0, 2.0, 1.0]), "b": curves["b"]})
+        assert plot.tobytes() != without.tobytes()
+    pixels = np.asarray(evaluate.stem_plot("t", torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.7]), 2))
+    pixels = pixels.reshape(-1, 3).astype(int)
+    assert {1, -1} <= {np.sign(r - b) for r, _, b in pixels if abs(r - b) > 60}          # red, blue
+
+
+def test_make_paper(tmp_path, folder):
+    """make paper from nothing, a few steps each: every table and figure, in the paper's layout; then two seeds."""
+    few, out = "--steps 2 --batch_size 4", tmp_path / "paper"
+    sets = [data.open_dataset(str(folder), split, 32) for split in ("train", "val")]
+    out.mkdir()
+    torch.save({"stage": "fd_classifier", "model": evaluate.FDClassifier(3).state_dict(), "step": 900,
+                "test_accuracy": 0.1, "config": {"made_of": [*(s.fingerprint for s in sets), 900, 128]}},
+               out / "fd_classifier.pt")
+    make = (f"make -o .venv/ready MAKE='make -o .venv/ready' PY={sys.executable} PAPER={out} DATA={folder} JOBS=2 "
+            f"PAPER_VQGAN='{few} --perceptual none' PAPER_STAGE1='{few}' PAPER_HNT='--steps 10 --batch_size 4' "
+            f"PAPER_STAGE2='{few} --perceptual none --discriminator patch' PAPER_AR='{few}'")
+    text = run(f"{make} paper SEEDS=1")
+    for name in evaluate.TABLES:
+        assert (out / f"{name}.md").exists() and json.loads((out / f"{name}.json").read_text())["seeds"] == 1
+        assert (out / f"{name}.png").exists() == (name.startswith("fig") or name == "order")
+    table = (out / "table1.md").read_text()
+    assert "another data set and another size" in table and "5.23" in table and "1 seed, so no interval" in table
+    assert "one seed cannot decide" in table and table in (out / "paper.md").read_text() and table in text
+    # only what is missing is trained, and only for the table that is asked for
+    plan = run(f"{make} -n table3a SEEDS=2")
+    assert plan.count("tokenizer.py --config") == 3 and "seed0 --seed" not in plan and "generator.py" not in plan
+    shutil.copytree(out / "seed0", out / "seed1")
+    command = f"python evaluate.py table3a --config toy --data {folder} --out {out}"
+    again = run(command)
+    assert "2 seeds: mean ± half" in again and re.search(r"NativeTok, 8 tokens *\| +2.28M \| +([\d.]+) ± 0.00", again)
+    (out / "seed0" / "titok_8.pt").unlink()
+    refused(command, "titok_8.pt", "make table3a")
