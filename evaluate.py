@@ -695,9 +695,8 @@ def is_shard(path, start, stop):
         return False
 
 
-def compare_pictures(real, fake, inception, out, device):
-    """{score: value} of the pictures `fake` against the reference `real`, and the protocol they were computed under,
-    lines that are printed with them."""
+def frechet_scores(real, fake, inception, out, device):
+    """({"FID", "sFID"}, as far as statistics can be had; {"real": features, "fake": features}) of two Pictures."""
     sets = {"real": real, "fake": fake}
     found = {name: features_of(s, inception, out / "features", device) if s.count else {} for name, s in sets.items()}
 
@@ -711,6 +710,14 @@ def compare_pictures(real, fake, inception, out, device):
         both = moments("real", kind), moments("fake", kind)
         if None not in both:
             scores[score] = frechet_distance_fast(*both[0], *both[1])
+    return scores, found
+
+
+def compare_pictures(real, fake, inception, out, device):
+    """{score: value} of the pictures `fake` against the reference `real`, and the protocol they were computed under,
+    lines that are printed with them."""
+    sets = {"real": real, "fake": fake}
+    scores, found = frechet_scores(real, fake, inception, out, device)
     if found["fake"]:
         logits = found["fake"]["logits"]
         scores["IS (ADM: parts of 5,000)"] = inception_score_adm(logits)
@@ -740,12 +747,13 @@ def compare_pictures(real, fake, inception, out, device):
 
 
 def open_inception(args):
-    if not args.inception.is_file():
-        raise BadInput(f"{args.inception}: not found. FID needs the Inception weights that everyone uses, as "
+    path = args.inception or Path("weights/pt_inception-2015-12-05-6726825d.pth")
+    if not path.is_file():
+        raise BadInput(f"{path}: not found. FID needs the Inception weights that everyone uses, as "
                        f"pytorch-fid (pt_inception-2015-12-05-6726825d.pth) or torch-fidelity publish them: name it "
                        f"with --inception FILE")
     torch.backends.cudnn.allow_tf32 = False
-    return InceptionFID(args.inception).to(args.device)
+    return InceptionFID(path).to(args.device)
 
 
 def fid(args):
@@ -1758,8 +1766,8 @@ def spread(values, form=".2f"):
 class Paper:
     """The models that `make paper` trained: <out>/vqgan.pt, and everything else once a seed, <out>/seed0, seed1, ...
 
-    A method for each table and figure returns what `publish` writes. Scores: with Inception weights (full size) the
-    FID of all test images, and of 50,000 samples against the training images; else the FD-classifier's.
+    A method for each table and figure returns what `publish` writes. Scores: at full size, and where --inception is
+    given, the FID of all test images, and of 50,000 samples against the training images; else the FD-classifier's.
     """
 
     def __init__(self, args, bench, made_of):
@@ -1773,14 +1781,15 @@ class Paper:
     @functools.cached_property
     def inception(self):
         """None: the FD-classifier scores."""
-        if self.args.config == "toy":
-            return None
-        torch.backends.cudnn.allow_tf32 = False
-        return open_inception(self.args)
+        return open_inception(self.args) if self.args.config == "full" or self.args.inception else None
 
     @property
     def score(self):
         return "FID" if self.inception else "FD-classifier"
+
+    @property
+    def scored(self):
+        return f"FID by {self.inception.fingerprint}" if self.inception else self.score
 
     def of_seeds(self, what, measure, *names):
         """[measure(*files) for each seed], from the notebook where files have not changed. names: of checkpoints."""
@@ -1794,6 +1803,9 @@ class Paper:
             result.append(self.kept(f"{folder.name}: {what} of {', '.join(names)}", files, lambda: measure(*files)))
         return result
 
+    def fid(self, real, fake):
+        return frechet_scores(real, fake, self.inception, self.out, self.bench.device)[0]["FID"]
+
     def reconstructions(self, name):
         """Score of the test images' reconstructions, a value a seed. Stage 1 is decoded by argmax: see measure_stage1.
         """
@@ -1802,12 +1814,11 @@ class Paper:
             hard = {"hard": True} if getattr(tokenizer, "fine_tuned", True) is False else {}
             if self.inception:
                 test = functools.partial(dataset_pictures, self.bench.test, None, self.args.rounding)
-                return compare_pictures(test(), test(tokenizer, **hard), self.inception, self.out,
-                                        self.bench.device)[0]["FID"]
+                return self.fid(test(), test(tokenizer, **hard))
             decode = functools.partial(tokenizer.decode_codes, **hard)
             return self.bench.score_reconstructions(self.bench.encode(tokenizer), decode)["fd"]
 
-        return self.of_seeds("reconstructions", measure, name)
+        return self.of_seeds(f"{self.scored} of reconstructions", measure, name)
 
     def samples(self, ar, name):
         """Score of an AR generator's samples, a value a seed."""
@@ -1815,12 +1826,11 @@ class Paper:
             generator, tokenizer = load_pair(self.bench, ar_path, path)
             if self.inception:
                 fake = samples(generator, tokenizer, 50_000, self.bench.seed, self.args.rounding, self.bench.device)
-                real = dataset_pictures(self.bench.train, None, self.args.rounding)
-                return compare_pictures(real, fake, self.inception, self.out, self.bench.device)[0]["FID"]
+                return self.fid(dataset_pictures(self.bench.train, None, self.args.rounding), fake)
             codes = sample_codes(generator, self.bench.sample_labels, self.bench.seed, BATCH // 2)      # [samples, L]
             return self.bench.score_samples(codes, tokenizer.decode_codes)["fd"]
 
-        return self.of_seeds("samples", measure, ar, name)
+        return self.of_seeds(f"{self.scored} of samples", measure, ar, name)
 
     def parameters(self, name):
         """Millions, the pixel decoder included, as in the paper's tables."""
@@ -2134,7 +2144,7 @@ def publish(paper, name):
              f"{paper.args.config}: {size}. " + ("Seed 0." if not made.all_seeds else
              f"{seeds} seeds: mean ± half of the 95 % interval (Student's t); the VQGAN is the same for all."
              if seeds > 1 else "1 seed, so no interval."), f"{machine(bench.device)}; torch {torch.__version__}"]
-    if made.rows and paper.score in str(made.rows):
+    if made.rows and any(head.startswith("rF") for head in made.rows[0]):
         where.append("FD-classifier: evaluate.py's own network, not FID; compare with the paper which of two "
                      "is lower, not the values." if not paper.inception else
                      f"FID: Inception of 2015, weights {paper.inception.fingerprint}, {paper.args.rounding} to bytes; "
@@ -2190,9 +2200,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--batch_size", type=int, help="speed, memory: images a GPU, default 64; speed on a CPU: 2")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where present")
-    inception = parser.add_argument_group("fid, rfid, gfid")
-    inception.add_argument("--inception", metavar="FILE", type=Path,
-                           default=Path("weights/pt_inception-2015-12-05-6726825d.pth"), help="the public weights")
+    inception = parser.add_argument_group("fid, rfid, gfid, and paper at full size")
+    inception.add_argument("--inception", metavar="FILE", type=Path, help="the public weights, default "
+                           "weights/pt_inception-2015-12-05-6726825d.pth. paper at toy size: FID with these")
     inception.add_argument("--size", type=int, help="fid: take the middle square of each image, resized to this")
     inception.add_argument("--rounding", choices=("round", "truncate"), default="round",
                            help="of what a model painted, to bytes; truncate: as TiTok's evaluator")

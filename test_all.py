@@ -2542,7 +2542,7 @@ def test_plots_with_and_without_matplotlib(monkeypatch):
     assert {1, -1} <= {np.sign(r - b) for r, _, b in pixels if abs(r - b) > 60}          # red, blue
 
 
-def test_make_paper(tmp_path, folder):
+def test_make_paper(tmp_path, folder, fid_folder):
     """make paper from nothing, a few steps each: every table and figure, in the paper's layout; then two seeds."""
     few, out = "--steps 2 --batch_size 4", tmp_path / "paper"
     sets = [data.open_dataset(str(folder), split, 32) for split in ("train", "val")]
@@ -2567,5 +2567,7 @@ def test_make_paper(tmp_path, folder):
     command = f"python evaluate.py table3a --config toy --data {folder} --out {out}"
     again = run(command)
     assert "2 seeds: mean ± half" in again and re.search(r"NativeTok, 8 tokens *\| +2.28M \| +([\d.]+) ± 0.00", again)
+    fid = run(f"{command} --inception {fid_folder}/inception.pth")          # another score is not taken from the notebook
+    assert "rFID" in fid and "FID: Inception of 2015, weights" in fid and "rFD-classifier" not in fid
     (out / "seed0" / "titok_8.pt").unlink()
     refused(command, "titok_8.pt", "make table3a")
