@@ -49,7 +49,8 @@ clean:
 
 # ---- The paper's tables and figures: make paper, or make table1, table3a ... one by one.
 # Trains what is missing, SEEDS times (all but the VQGAN), in out/paper_toy/seed0, seed1, ..., then evaluate.py draws them.
-# CONFIG=full: the paper's own sizes, on GPUS GPUs, with the public VQGAN (WEIGHTS) and Inception weights.
+# CONFIG=full: the paper's own sizes, on GPUS GPUs, ImageNet in DATA, with the public files named below.
+# Steps changed here do not train again what is there: remove its .done and .pt, or choose another PAPER=folder.
 TABLES := table1 table3a table3b table3c table5 table6 fig5 fig6 fig7 fig8 order
 CONFIG ?= toy
 PAPER ?= out/paper_$(CONFIG)
@@ -74,8 +75,16 @@ M := 64
 L := 128
 RUN := $(PY) -m torch.distributed.run --nproc_per_node=$(GPUS)
 JOBS := 1
+ifeq ($(DATA),auto)
+override DATA := data/imagenet
+endif
 WEIGHTS ?= weights/maskgit-vqgan-imagenet-f16-256.bin
+INCEPTION ?= weights/pt_inception-2015-12-05-6726825d.pth
+# ADM's file, whose statistics gFID is computed against
+REFERENCE ?= weights/VIRTUAL_imagenet256_labeled.npz
 PAPER_VQGAN := --weights $(WEIGHTS)
+PAPER_FILES := $(WEIGHTS) $(INCEPTION) $(REFERENCE) weights/convnext_small.pth
+PAPER_SCORES := --inception $(INCEPTION) --reference $(REFERENCE)
 endif
 DONE_IN = $(foreach n,$(shell seq 0 $$(($(SEEDS) - 1))),$(addprefix $(PAPER)/seed$(n)/,$(addsuffix .done,$(1))))
 
@@ -96,15 +105,19 @@ NEEDS_paper := $(sort $(foreach t,$(TABLES),$(NEEDS_$(t))))
 
 # one process a core, each with one thread: at this size faster than one process with all threads
 .PHONY: paper $(TABLES)
+ifeq ($(MAKELEVEL),0)       # make -j table1 table3a: one after the other, each with its own JOBS
+.NOTPARALLEL:
+endif
 paper $(TABLES): .venv/ready
+	@for file in $(PAPER_FILES); do test -e $$file || { echo "$$file: not found. See README, Full size" >&2; exit 2; }; done
 	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(call DONE_IN,$(NEEDS_$@))
-	$(PY) evaluate.py $@ --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --out $(PAPER)
+	$(PY) evaluate.py $@ --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --out $(PAPER) --seeds $(SEEDS) $(PAPER_SCORES)
 
 # what a stage's files are called is the stages' own business: a mark beside them says that one has ended
 IN = --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --resume
 HERE = $(IN) --out $(@D) --seed $(patsubst seed%,%,$(notdir $(@D)))
 .SECONDARY:
-$(PAPER)/vqgan.done: .venv/ready
+$(PAPER)/vqgan.done: | .venv/ready
 	$(PY) data.py --data $(DATA) --note $(PAPER)/data
 	$(PY) vqgan.py $(IN) --out $(PAPER) $(PAPER_VQGAN) && touch $@
 %/vqgan.done: $(PAPER)/vqgan.done

@@ -77,8 +77,10 @@ def codebook_use(codes, codebook_size):
 
 def feature_statistics(features):
     """Features [n, D] -> (mean [D], covariance [D, D] with n - 1), in double precision."""
-    features = np.asarray(features, dtype=np.float64)
-    return features.mean(axis=0), np.cov(features, rowvar=False)
+    features = np.array(features, dtype=np.float64)     # a copy of ours: 50,000 of 2,048 are 0.8 GB, not one more each
+    mean = features.mean(axis=0)
+    features -= mean
+    return mean, features.T @ features / (len(features) - 1)            # np.cov, in fewer passes
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -662,8 +664,8 @@ def samples(generator, tokenizer, count, seed, rounding, device):
 
 
 def features_of(pictures, inception, folder, device):
-    """{"pool": [n, 2048], "logits": [n, 1008], "spatial": [n, 2023]} of all pictures, memory-mapped. A shard is a file
-    in `folder`; those that are there are not computed again, and under torchrun the ranks take turns."""
+    """{"pool": [n, 2048], "logits": [n, 1008], "spatial": [n, 2023]} of all pictures, 20 kB each. A shard is a file in
+    `folder`; those that are there are not computed again, and under torchrun the ranks share them out."""
     folder = Path(folder) / f"{pictures.key}-{inception.fingerprint}"
     shards = [(folder / f"{start:07}.npz", start, min(start + SHARD, pictures.count))
               for start in range(0, pictures.count, SHARD)]
@@ -673,14 +675,19 @@ def features_of(pictures, inception, folder, device):
         for path, start, stop in todo:
             found = []
             for images in pictures.read(start, stop):
-                with torch.inference_mode():
+                # TF32, on by default, is 10 bits of mantissa
+                with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
                     found.append({k: v.float().cpu().numpy() for k, v in inception.features(images.to(device)).items()})
                 progress.update(len(images))
             arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
             trainer.write_atomically(path, lambda temporary: save_npz(temporary, arrays))
     trainer.gather(None, world)         # all shards are there
-    loaded = [np.load(path) for path, *_ in shards]
-    return {name: np.concatenate([shard[name] for shard in loaded]) for name in ("pool", "logits", "spatial")}
+    loaded = {"pool": [], "logits": [], "spatial": []}
+    for path, *_ in shards:
+        with np.load(path) as shard:        # closed again: a thousand open files are the usual limit
+            for name, parts in loaded.items():
+                parts.append(shard[name])
+    return {name: np.concatenate(parts) for name, parts in loaded.items()}
 
 
 def save_npz(path, arrays):
@@ -752,7 +759,6 @@ def open_inception(args):
         raise BadInput(f"{path}: not found. FID needs the Inception weights that everyone uses, as "
                        f"pytorch-fid (pt_inception-2015-12-05-6726825d.pth) or torch-fidelity publish them: name it "
                        f"with --inception FILE")
-    torch.backends.cudnn.allow_tf32 = False
     return InceptionFID(path).to(args.device)
 
 
@@ -1223,7 +1229,7 @@ def made_of_all(args, bench):
     """What every measurement depends on: data, numbers of images, seed, source files."""
     return [bench.train.fingerprint, bench.test.fingerprint, len(bench.indices), len(bench.sample_labels), args.seed,
             *(stamp(Path(__file__).with_name(f"{name}.py"))
-              for name in ("data", "trainer", "vqgan", "tokenizer", "generator", "evaluate"))]
+              for name in ("data", "trainer", "vqgan", "tokenizer", "hnt", "generator", "evaluate"))]
 
 
 def stamp(path):
@@ -1736,16 +1742,16 @@ CHANGED = (1, 2, 3, 4)          # Table 6
 
 @dataclass
 class Claim:
-    """What a table of the paper says: `ours` is lower than `others` (values of the same seeds)."""
+    """A difference that the paper reports, beside ours: seed by seed, since the seeds of both start alike."""
     words: str
     ours: list[float]
     others: list[float]
-    paper: float                # the paper's difference
+    paper: float                # ours less others in the paper
 
     def __str__(self):
         gaps = np.subtract(self.ours, self.others)
         half = half_width(gaps)
-        verdict = ("one seed cannot decide" if half is None
+        verdict = ("not a number" if not np.isfinite(gaps).all() else "one seed cannot decide" if half is None
                    else "not decided by these seeds" if abs(gaps.mean()) <= half
                    else "so it is here too" if gaps.mean() * self.paper > 0 else "here it is the other way round")
         return f"{self.words}: {spread(gaps, '+.2f')} (paper {self.paper:+.2f}): {verdict}."
@@ -1758,7 +1764,7 @@ def half_width(values):
 
 
 def spread(values, form=".2f"):
-    """"mean ± half of the 95 % interval" of one value a seed; the value alone of a single one."""
+    """The text "mean ± half of the 95 % interval" of one value a seed; of a single one the value alone."""
     half = half_width(values)
     return f"{np.mean(values):{form}}" + ("" if half is None else f" ± {half:{form.lstrip('+')}}")
 
@@ -1766,15 +1772,15 @@ def spread(values, form=".2f"):
 class Paper:
     """The models that `make paper` trained: <out>/vqgan.pt, and everything else once a seed, <out>/seed0, seed1, ...
 
-    A method for each table and figure returns what `publish` writes. Scores: at full size, and where --inception is
-    given, the FID of all test images, and of 50,000 samples against the training images; else the FD-classifier's.
+    A method for each table and figure, of the name it is called by, returns what `publish` writes. Scores: FID at full
+    size and where --inception is given, else the FD-classifier's; see protocol. Parameters are seed 0's.
     """
 
     def __init__(self, args, bench, made_of):
         self.bench, self.args = bench, args
         self.out, self.kept = args.out, Notebook(args.out / "measured.json", made_of)
         found = [(int(m[1]), path) for path in args.out.glob("seed*") if (m := re.fullmatch(r"seed(\d+)", path.name))]
-        self.folders = [path for _, path in sorted(found)]
+        self.folders = [path for _, path in sorted(found)][:args.seeds]
         self.small, self.medium, self.large = {"toy": (8, 16, 32), "full": (32, 64, 128)}[args.config]
         self.pair = {"NativeTok": f"nativetok_{self.small}", "TiTok": f"titok_{self.small}"}
 
@@ -1789,7 +1795,18 @@ class Paper:
 
     @property
     def scored(self):
-        return f"FID by {self.inception.fingerprint}" if self.inception else self.score
+        return (f"FID, {self.inception.fingerprint}, {self.args.rounding}, {self.args.reference}" if self.inception
+                else self.score)
+
+    def protocol(self):
+        """What a score was computed on."""
+        if self.inception:
+            return (f"FID: Inception of 2015, weights {self.inception.fingerprint}, {self.args.rounding} to bytes. r: "
+                    f"all images of val against their reconstructions; g: 50,000 samples against "
+                    f"{self.args.reference or 'the training images'}.")
+        return (f"FD-classifier: evaluate.py's own small network, not FID. r: reconstructions of "
+                f"{len(self.bench.indices):,} test images against these images; g: {len(self.bench.sample_labels):,} "
+                f"samples against the same images. Stage 1 is decoded by argmax, stage 2 by its softmax.")
 
     def of_seeds(self, what, measure, *names):
         """[measure(*files) for each seed], from the notebook where files have not changed. names: of checkpoints."""
@@ -1798,8 +1815,8 @@ class Paper:
             files = [folder / f"{name}.pt" for name in names]
             for file in files:
                 if not file.exists():
-                    raise BadInput(f"{file}: not found. {self.args.what} needs it: make {self.args.what}"
-                                   + (f" CONFIG={self.args.config}" if self.args.config != "toy" else ""))
+                    raise BadInput(f"{file}: not found. {self.args.what} needs it. Make it anew: rm -f "
+                                   f"{file.with_suffix('.done')}; make {self.args.what} CONFIG={self.args.config}")
             result.append(self.kept(f"{folder.name}: {what} of {', '.join(names)}", files, lambda: measure(*files)))
         return result
 
@@ -1807,8 +1824,8 @@ class Paper:
         return frechet_scores(real, fake, self.inception, self.out, self.bench.device)[0]["FID"]
 
     def reconstructions(self, name):
-        """Score of the test images' reconstructions, a value a seed. Stage 1 is decoded by argmax: see measure_stage1.
-        """
+        """Score of the test images' reconstructions, a value a seed. Stage 1 is decoded by argmax: its softmax blurs,
+        which no stage 2 has learned to mend yet, and a Frechet distance counts that most."""
         def measure(path):
             tokenizer = open_tokenizer(path, self.bench.device)
             hard = {"hard": True} if getattr(tokenizer, "fine_tuned", True) is False else {}
@@ -1826,7 +1843,8 @@ class Paper:
             generator, tokenizer = load_pair(self.bench, ar_path, path)
             if self.inception:
                 fake = samples(generator, tokenizer, 50_000, self.bench.seed, self.args.rounding, self.bench.device)
-                return self.fid(dataset_pictures(self.bench.train, None, self.args.rounding), fake)
+                return self.fid(open_pictures(self.args.reference) if self.args.reference else
+                                dataset_pictures(self.bench.train, None, self.args.rounding), fake)
             codes = sample_codes(generator, self.bench.sample_labels, self.bench.seed, BATCH // 2)      # [samples, L]
             return self.bench.score_samples(codes, tokenizer.decode_codes)["fd"]
 
@@ -1877,7 +1895,7 @@ class Paper:
         batch = {"toy": 16, "full": 64}[self.args.config]
         numbers = {"full": self.reconstructions(f"{name}_full"), "reuse": self.reconstructions(f"{name}_reuse"),
                    "reuse + fine-tune": self.reconstructions(name)}
-        seconds = self.kept("seconds a step", [], lambda: trainer.take_turns(
+        seconds = self.kept(f"seconds a step, {machine(self.bench.device)}", [], lambda: trainer.take_turns(
             dict(hnt_steps("toy" if self.args.config == "toy" else name, self.bench.device, batch)), 5,
             self.bench.device))
         published = {"full": ("6.50", "1.53 s"), "reuse": ("6.46", "1.15 s"), "reuse + fine-tune": ("6.22", "-")}
@@ -1895,7 +1913,7 @@ class Paper:
     def table3c(self):
         """Encoding speed: images -> codes, forms that take turns in one run. Weights do not matter, so seed 0's."""
         batch = 64
-        models = {"VQGAN": "vqgan", **{"TiTok": self.pair["TiTok"], "NativeTok": self.pair["NativeTok"]}}
+        models = {"VQGAN": "vqgan", **self.pair}
         size = self.bench.test.image_size
 
         @torch.inference_mode()
@@ -1906,7 +1924,7 @@ class Paper:
             return trainer.take_turns(forms, 9, self.bench.device)
 
         files = [self.folders[0] / f"{name}.pt" for name in models.values()]
-        seconds = self.kept("encoding", files, lambda: measure(*files))
+        seconds = self.kept(f"encoding, {machine(self.bench.device)}", files, lambda: measure(*files))
         speed = {title: batch / value for title, value in seconds.items()}
         rows = [["model", "images/s", "of TiTok's", "paper: images/s", "of TiTok's"]]
         for title, published in (("VQGAN", 233.02), ("TiTok", 136.32), ("NativeTok", 119.85)):
@@ -1932,8 +1950,8 @@ class Paper:
 
     def table6(self):
         top, share = self.top()
-        numbers = {title: self.of_seeds("overlap", lambda ar: token_overlap(load_generator(ar, self.bench.device), top),
-                                        f"ar_{name}") for title, name in self.pair.items()}
+        numbers = {title: self.of_seeds("overlap", lambda *pair: token_overlap(load_pair(self.bench, *pair)[0], top),
+                                        f"ar_{name}", f"{name}_stage2") for title, name in self.pair.items()}
         published = {"NativeTok": (56.26, 50.89, 48.34, 48.44), "TiTok": (78.66, 75.78, 73.43, 68.37)}
         rows = [["codes changed", *(head for title in numbers for head in (title, f"paper: {title}"))]]
         rows += [[str(n), *(cell for title in numbers for cell in (
@@ -1942,11 +1960,11 @@ class Paper:
         claims = [Claim(f"{n} changed, NativeTok less TiTok, points",
                         *([100 * seed[i] for seed in numbers[title]] for title in self.pair),
                         published["NativeTok"][i] - published["TiTok"][i]) for i, n in enumerate(CHANGED)]
-        return Published(f"Table 6: overlap of the {top} likeliest next codes ({share:.0%} of the codebook; by chance "
-                         f"{share:.1%})", rows, numbers, claims)
+        return Published(f"Table 6: overlap of the {top} likeliest next codes (by chance {share:.1%})", rows, numbers,
+                         claims)
 
     def top(self):
-        """(how many of the likeliest codes are compared, their share): the paper's 100 of 4096, else a tenth."""
+        """(how many of the likeliest codes are compared, their share): the paper's 100 of 4096; of fewer a tenth."""
         size = load_generator(self.folders[0] / f"ar_{self.pair['NativeTok']}.pt").config.codebook_size
         top = 100 if size >= 4096 else size // 10
         return top, top / size
@@ -1958,7 +1976,7 @@ class Paper:
         top, at, plots, numbers = self.top()[0], 1, [], {}
         for changed in (2, 4):
             for title, name in self.pair.items():
-                ar = load_generator(self.folders[0] / f"ar_{name}.pt", self.bench.device)
+                ar, _ = load_pair(self.bench, *(self.folders[0] / f"{n}.pt" for n in (f"ar_{name}", f"{name}_stage2")))
                 before, after = changed_distributions(ar, torch.zeros(1, dtype=torch.int64), at, changed, seed=0)[-1]
                 share = overlap(before, after, top).item()
                 numbers[f"{title}, {changed} changed"] = {"overlap": share, "before": before[0].tolist(),
@@ -2005,10 +2023,14 @@ class Paper:
                          all_seeds=False)
 
     def order(self):
-        """Beyond the paper: bits a token by position, error by prefix, and what a code tells of the next one."""
+        """Beyond the paper: bits a token by position and error by prefix (test images), and what a code tells of the
+        next one (training images, of which there are more)."""
         def measure(ar, path):
             curves = order_curves(self.bench, ar, path)
-            codes = np.load(path.with_name(f"codes_{path.stem.removesuffix('_stage2')}_train.npy"))[0]  # [n, L]
+            file = path.with_name(f"codes_{path.stem.removesuffix('_stage2')}_train.npy")
+            if not file.exists():
+                raise BadInput(f"{file}: not found. It comes with {ar}, which must be trained again without it")
+            codes = np.load(file)[0]                                        # [n, L], of the training images
             return {**curves, "neighbours": neighbour_information(codes, load_generator(ar).config.codebook_size)}
 
         numbers = {title: self.of_seeds("order", measure, f"ar_{name}", f"{name}_stage2")
@@ -2086,17 +2108,21 @@ def overlap(p, q, top):
 
 @torch.inference_mode()
 def token_overlap(ar, top, draws=256, seed=0):
-    """Table 6: [overlap for m in CHANGED], each the mean over all classes, all positions i that leave room for four
-    changed codes and one more, and at least `draws` draws. See changed_distributions. [The paper averages over 1,000
-    classes; its i is not told. The same positions here for all m.] A small overlap says that the generator reacts to
-    the codes before; whether it is right to is what its loss says: one that was never trained reacts as well.
+    """Table 6: [overlap for m in CHANGED], each the mean over all positions i that leave room for four changed codes
+    and one more, and at each of them over all classes, each drawn as often as makes `draws` or more. See
+    changed_distributions. [The paper averages over 1,000 classes; its i is not told. Here: the same for all m.]
+    A small overlap says that the generator reacts to the codes before; whether it is right to is what its loss says:
+    one that was never trained reacts as well. Raises BadInput with fewer than 5 tokens.
     """
-    classes, found = ar.config.num_classes, []
-    for labels in torch.arange(classes).repeat(-(-draws // classes)).split(512):
-        for at in range(ar.config.tokens - max(CHANGED)):
-            pairs = changed_distributions(ar, labels, at, max(CHANGED), seed + at)
-            found.append([overlap(before, after, top).mean().item() for before, after in pairs])
-    return np.mean(found, axis=0).tolist()
+    classes, positions = ar.config.num_classes, range(ar.config.tokens - max(CHANGED))
+    if not positions:
+        raise BadInput(f"{ar.config.tokens} tokens: changing up to {max(CHANGED)} needs more")
+    found = []
+    for first, labels in enumerate(torch.arange(classes).repeat(-(-draws // classes)).split(500)):
+        for at in positions:
+            pairs = changed_distributions(ar, labels, at, max(CHANGED), seed + 1000 * first + at)
+            found.append(torch.stack([overlap(before, after, top) for before, after in pairs], 1))      # [n, m]
+    return torch.cat(found).mean(0).tolist()
 
 
 def neighbour_information(codes, codebook_size, seed=0):
@@ -2139,16 +2165,18 @@ def stem_plot(title, p, q, top, width=520, height=320):
 def publish(paper, name):
     """Print a table or figure; write <out>/<name>.md, .json and .png. Numbers of all seeds are in the JSON."""
     made, bench, seeds = getattr(paper, name)(), paper.bench, len(paper.folders)
-    size = "another data set and another size than the paper's" if paper.args.config == "toy" else "see the protocol"
-    where = [f"{bench.test.name}, {len(bench.indices):,} test images" + f" and {len(bench.sample_labels):,} samples; "
-             f"{paper.args.config}: {size}. " + ("Seed 0." if not made.all_seeds else
-             f"{seeds} seeds: mean ± half of the 95 % interval (Student's t); the VQGAN is the same for all."
-             if seeds > 1 else "1 seed, so no interval."), f"{machine(bench.device)}; torch {torch.__version__}"]
+    where = [f"{paper.args.config} size, {bench.test.name}; {machine(bench.device)}; torch {torch.__version__}."]
+    if paper.args.config == "toy":
+        where.append("Another data set and another size than the paper's: compare which is lower, not the values.")
+    if not made.all_seeds:
+        where.append("Seed 0.")
+    elif seeds == 1:
+        where.append("1 seed, so no interval.")
+    else:
+        where.append(f"{seeds} seeds: mean ± half of the 95 % interval (Student's t), of each number by itself. VQGAN, "
+                     f"data and the network that scores are the same for all.")
     if made.rows and any(head.startswith("rF") for head in made.rows[0]):
-        where.append("FD-classifier: evaluate.py's own network, not FID; compare with the paper which of two "
-                     "is lower, not the values." if not paper.inception else
-                     f"FID: Inception of 2015, weights {paper.inception.fingerprint}, {paper.args.rounding} to bytes; "
-                     f"rFID of all test images, gFID of 50,000 samples against the training images.")
+        where.append(paper.protocol())
     picture = f"{name}.png" if made.picture is not None else None
     if picture:
         data.save_picture(made.picture, paper.out / picture)
@@ -2168,11 +2196,11 @@ def publish(paper, name):
 def paper(args):
     """make paper, make table1 ...: what is asked for, from what is trained."""
     path = args.out / "vqgan.pt"
-    checkpoint = trainer.load_checkpoint(path, "vqgan", make=f"make {args.what}")
+    checkpoint = trainer.load_checkpoint(path, "vqgan", make=f"make {args.what} CONFIG={args.config}")
     bench = Bench(args, checkpoint["config"]["image_size"])
     it = Paper(args, bench, made_of_all(args, bench))
     if not it.folders:
-        raise BadInput(f"{args.out}: holds no folder seed0. Train what {args.what} needs: make {args.what}")
+        raise BadInput(f"{args.out}: holds no folder seed0. Train first: make {args.what} CONFIG={args.config}")
     names = TABLES if args.what == "paper" else (args.what,)
     texts = [publish(it, name) for name in names]
     if args.what == "paper":
@@ -2198,6 +2226,7 @@ def main():
     parser.add_argument("--images", type=int, help="images of the data to score on, default 10,000; rfid, gfid: all")
     parser.add_argument("--samples", type=int, help="new images to score, default 2,500; gfid: 50,000")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--seeds", type=int, help="paper: of how many seeds; default: all in --out")
     parser.add_argument("--batch_size", type=int, help="speed, memory: images a GPU, default 64; speed on a CPU: 2")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where present")
     inception = parser.add_argument_group("fid, rfid, gfid, and paper at full size")
@@ -2218,12 +2247,12 @@ def main():
         return speed(args.device, args.batch_size)
     if args.what == "memory":
         return memory(args.batch_size or 64)
-    if args.what in ("paper", *TABLES):
-        return paper(args)
     tokens = args.tokens or PRESETS[args.config].tokens
     if tokens < 1 or min(args.images, args.samples) < 2:
         raise BadInput(f"--tokens {tokens} --images {args.images} --samples {args.samples}: at least 1 token, 2 images "
                        f"and 2 samples")
+    if args.what in ("paper", *TABLES):
+        return paper(args)
     name, (files, commands) = f"{args.model}_{tokens}", stage_files(args.out, args.model, tokens)
     missing = [stage for stage in commands if not files[stage].exists()]
     if "vqgan" in missing or (args.what == "report" and missing):

@@ -2493,6 +2493,8 @@ def test_token_overlap():
     apart[12, 0] = 9.0
     found = evaluate.token_overlap(Bigram(apart + 0.01 * torch.arange(12), 6), top=3, draws=64)
     assert all(value < 0.35 for value in found)                     # a changed code may have the same remainder
+    with pytest.raises(BadInput, match="4 tokens"):
+        evaluate.token_overlap(Bigram(apart, 4), top=3)
     p, q = torch.tensor([[4.0, 3, 2, 1, 0]]), torch.tensor([[4.0, 0, 3, 1, 2]])
     assert [evaluate.overlap(p, q, top).item() for top in (1, 2, 3, 5)] == pytest.approx([1, 0.5, 2 / 3, 1])
 
@@ -2558,7 +2560,7 @@ def test_make_paper(tmp_path, folder, fid_folder):
         assert (out / f"{name}.md").exists() and json.loads((out / f"{name}.json").read_text())["seeds"] == 1
         assert (out / f"{name}.png").exists() == (name.startswith("fig") or name == "order")
     table = (out / "table1.md").read_text()
-    assert "another data set and another size" in table and "5.23" in table and "1 seed, so no interval" in table
+    assert "Another data set and another size" in table and "5.23" in table and "1 seed, so no interval" in table
     assert "one seed cannot decide" in table and table in (out / "paper.md").read_text() and table in text
     # only what is missing is trained, and only for the table that is asked for
     plan = run(f"{make} -n table3a SEEDS=2")
