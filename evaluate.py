@@ -2173,8 +2173,8 @@ def publish(paper, name):
     elif seeds == 1:
         where.append("1 seed, so no interval.")
     else:
-        where.append(f"{seeds} seeds: mean ± half of the 95 % interval (Student's t), of each number by itself. VQGAN, "
-                     f"data and the network that scores are the same for all.")
+        where.append(f"{seeds} seeds: mean ± half of the 95 % interval (Student's t), of each number by itself. "
+                     f"VQGAN, data and the network that scores are the same for all.")
     if made.rows and any(head.startswith("rF") for head in made.rows[0]):
         where.append(paper.protocol())
     picture = f"{name}.png" if made.picture is not None else None

@@ -2569,6 +2569,8 @@ def test_make_paper(tmp_path, folder, fid_folder):
     command = f"python evaluate.py table3a --config toy --data {folder} --out {out}"
     again = run(command)
     assert "2 seeds: mean ± half" in again and re.search(r"NativeTok, 8 tokens *\| +2.28M \| +([\d.]+) ± 0.00", again)
+    full = run("make -o .venv/ready table3a CONFIG=full WEIGHTS=none.bin", code=2)
+    assert "none.bin: not found" in full and "python" not in full           # before anything is trained
     fid = run(f"{command} --inception {fid_folder}/inception.pth")          # another score is not taken from the notebook
     assert "rFID" in fid and "FID: Inception of 2015, weights" in fid and "rFD-classifier" not in fid
     (out / "seed0" / "titok_8.pt").unlink()
