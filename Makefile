@@ -64,7 +64,7 @@ RUN := OMP_NUM_THREADS=1 $(PY)
 JOBS ?= $(shell nproc)
 PAPER_STAGE1 := --steps 700
 PAPER_HNT := --steps 500
-PAPER_STAGE2 := --steps 150
+PAPER_STAGE2 := --steps 300
 PAPER_AR := --steps 400
 PAPER_TITOK := --encoder_layers 8
 else
