@@ -67,6 +67,7 @@ PAPER_HNT := --steps 500
 PAPER_STAGE2 := --steps 300
 PAPER_AR := --steps 400
 PAPER_TITOK := --encoder_layers 8
+PAPER_SCORES := --images 2500
 else
 SEEDS ?= 1
 GPUS ?= 4
