@@ -151,9 +151,11 @@ def write_atomically(path, writer, needs=None):
             raise
         reason = getattr(error, "strerror", None) or "the disk is full or the folder cannot be written"
         was = "The file that was there is unchanged" if path.exists() else "Nothing was written"
-        takes = f"it takes {size(needs)}, and " if needs else ""
-        raise BadInput(f"{path}: cannot be written ({reason}); {takes}{size(free_space(path))} are free there. {was}; "
-                       f"free some space, or choose another folder with --out") from error
+        space, advice = "", "Choose"
+        if getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            takes = f"it takes {size(needs)}, and " if needs else ""
+            space, advice = f"; {takes}{size(free_space(path))} are free there", "Free some space, or choose"
+        raise BadInput(f"{path}: cannot be written ({reason}){space}. {was}. {advice} another folder with --out") from error
 
 
 def size(count):
@@ -787,7 +789,7 @@ class Run:
         signals = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(s, self._ask_to_stop) for s in signals]
         self.bar = tqdm(total=self.training.steps, initial=self.step, desc=self.path.stem, unit="step",
-                        disable=not self.main, mininterval=1.0, dynamic_ncols=True)
+                        disable=None if self.main else True, mininterval=1.0, dynamic_ncols=True)     # None: no terminal
         self.started = self.logged_time = now = time.perf_counter()
         self.logged_step, shortest = self.step, math.inf
         try:
@@ -867,6 +869,7 @@ class Run:
     def say(self, line):
         if self.main:
             tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def save(self):
         """Write the checkpoint to a temporary name and rename it; all ranks call it. Raises BadInput instead where a
@@ -989,7 +992,10 @@ class Run:
         self._look_after_folder()
         with open(self.log_path, "a") as file:
             file.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
-        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {line['images_per_s']:.0f} images/s")
+        text = f"loss {means['loss']:.3f}, {line['images_per_s']:.0f} images/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:        # a file: a bar would fill it
+            self.say(f"step {self.step} of {self.training.steps}: {text}")
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, self.step)
 
