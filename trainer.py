@@ -69,7 +69,7 @@ class BadInput(ValueError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after the checkpoint was written."""
+    """Ctrl-C, SIGTERM or SIGHUP, after the checkpoint was written."""
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR,
@@ -784,9 +784,10 @@ class Run:
                               enabled=self.training.bf16 and self.device.type == "cuda")
 
     def steps(self):
-        """Yield the steps still to do; save every so often, at the end, and on Ctrl-C."""
+        """Yield the steps still to do; save every so often, at the end, and on Ctrl-C, SIGTERM or a closed terminal."""
         self._on_main(self._begin)
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]         # nohup's, for a closed terminal
         before = [signal.signal(s, self._ask_to_stop) for s in signals]
         self.bar = tqdm(total=self.training.steps, initial=self.step, desc=self.path.stem, unit="step",
                         disable=None if self.main else True, mininterval=1.0, dynamic_ncols=True)     # None: no terminal
