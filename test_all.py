@@ -648,7 +648,8 @@ STAGES = {      # what each stage's checkpoint is called, and its command withou
     "ar_nativetok_4": "python generator.py --tokens 4 --mode ar",
     "maskgit_nativetok_4": "python generator.py --tokens 4 --mode maskgit",
 }
-NEEDS = ("vqgan.pt", "perceptual.pt", "nativetok_2.pt", "nativetok_4.pt", "nativetok_4_stage2.pt")
+NEEDS = ("vqgan.pt", "perceptual.pt", "nativetok_2.pt", "nativetok_4.pt", "nativetok_4_stage2.pt",
+         "codes_nativetok_4_stage2_train.npy", "codes_nativetok_4_stage2_train.json")
 
 
 def folder_without(toy, target, name):
@@ -712,6 +713,11 @@ def prepared(tmp_path_factory):
     return folder
 
 
+def copy_for(stage, prepared, target):
+    """A copy of the prepared folder without what the stage makes."""
+    return shutil.copytree(prepared, target, ignore=shutil.ignore_patterns(*KILLED[stage][1]))
+
+
 def without_times(value):
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if k not in TIMES}
@@ -747,24 +753,46 @@ def being_written(folder):
     return found
 
 
+@pytest.fixture(scope="session")
+def alone(prepared, tmp_path_factory):
+    """alone(stage) -> the folders of two runs that were let alone, and the seconds of the second. The first has an
+    interpreter, and so a hash seed, of its own."""
+    @functools.cache
+    def alone(stage):
+        folders = [copy_for(stage, prepared, tmp_path_factory.mktemp(stage) / name) for name in ("first", "second")]
+        run(killable(stage), cwd=folders[0], fresh=True)
+        started = time.monotonic()
+        run(killable(stage), cwd=folders[1])
+        return *folders, time.monotonic() - started
+    return alone
+
+
 @pytest.mark.parametrize("stage", KILLED)
-def test_killed_runs(prepared, tmp_path, stage):
+def test_same_seed_same_files(alone, stage):
+    assert_same_files(*alone(stage)[:2])
+
+
+def test_another_seed_and_more_workers(folder, tmp_path):
+    """Another seed gives another curve, another number of processes that decode images does not."""
+    logs = []
+    for i, changes in enumerate(("--seed 3 --workers 0", "--seed 3 --workers 2", "--seed 4 --workers 0")):
+        run(f"python vqgan.py --config toy --data {folder} --out {tmp_path}/{i} --image_size 16 --channels 8 --steps 12 "
+            f"--perceptual none {TINY_RUN} {changes}")
+        logs.append(content(tmp_path / str(i) / "vqgan.jsonl"))
+    assert len(logs[0]) == 12 and logs[0] == logs[1] != logs[2]
+
+
+@pytest.mark.parametrize("stage", KILLED)
+def test_killed_runs(alone, prepared, tmp_path, stage):
     """SIGKILL at random moments, half of them when a save is next, and on again: at the end every file is that of a run
     that was let alone. By hand: KILLS=100 python -m pytest -q -s test_all.py -k killed_runs"""
-    command, said, chance = killable(stage), tmp_path / "said", np.random.default_rng([KILL_SEED, *stage.encode()])
-    folders = (shutil.copytree(prepared, tmp_path / str(i), ignore=shutil.ignore_patterns(*KILLED[stage][1]))
-               for i in itertools.count())
-    whole, folder = next(folders), next(folders)
-    run(command, cwd=whole, fresh=True)         # an interpreter, and so a hash seed, of its own
-    started = time.monotonic()
-    run(command, cwd=folder)
-    duration = time.monotonic() - started
-    assert_same_files(folder, whole)
-    kills, in_a_save, finished, folder = 0, 0, 1, None
+    whole, _, duration = alone(stage)
+    said, chance = tmp_path / "said", np.random.default_rng([KILL_SEED, *stage.encode()])
+    kills, in_a_save, finished, folder = 0, 0, 0, None
     while kills < KILLS or folder:
-        folder = folder or next(folders)
+        folder = folder or copy_for(stage, prepared, tmp_path / str(finished))
         left = being_written(folder)            # by earlier kills
-        with start(command, folder, said, said) as process:
+        with start(killable(stage), folder, said, said) as process:
             process.join(chance.uniform(0, duration) if kills < KILLS else 300)
             if kills < KILLS and chance.random() < 0.5:
                 while process.is_alive() and being_written(folder) <= left:
@@ -778,6 +806,36 @@ def test_killed_runs(prepared, tmp_path, stage):
             assert_same_files(folder, whole)
             finished, folder = finished + 1, None
     print(f"\n{stage}: {kills} kills, {in_a_save} of these in a save; {finished} runs finished, all equal")
+
+
+SOAK = int(os.environ.get("SOAK", 150))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory and open files are read off Linux's /proc")
+@pytest.mark.parametrize("name, command", [
+    ("vqgan", "vqgan.py --image_size 8 --channels 4 --perceptual none"),
+    ("ar_nativetok_4", f"generator.py --mode ar {TINY_GENERATOR}")], ids=["vqgan", "ar"])
+def test_soak(prepared, tmp_path, name, command):
+    """Tiny steps with hundreds of saves, previews and lines of the log: memory and open files stay as they were after the
+    first 2 % of them. By hand: SOAK=20000 python -m pytest -q -s test_all.py -k soak"""
+    folder = shutil.copytree(prepared, tmp_path / "out", ignore=shutil.ignore_patterns(f"{name}*"))
+    every, seen = max(3, SOAK // 500), []
+    command = (f"python {ROOT}/{command} --config toy --data shapes --out . --batch_size 2 --steps {SOAK} "
+               f"--save_every {every} --log_every {every} --preview_every {every}")
+    with start(command, folder, stderr=tmp_path / "said") as process:
+        log, proc = folder / f"{name}.jsonl", Path(f"/proc/{process.pid}")
+        while process.is_alive():
+            time.sleep(0.01)
+            with contextlib.suppress(OSError):          # no line yet, or it has just ended
+                if every * log.read_bytes().count(b"\n") >= 0.02 * SOAK:
+                    pages, files = int((proc / "statm").read_text().split()[1]), len(list((proc / "fd").iterdir()))
+                    seen += [(pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20, files)] if pages else []
+    assert process.exitcode == 0 and len(trainer.read_log(log)) == -(-SOAK // every), (tmp_path / "said").read_text()
+    # the least of ten moments: a file may be open just then, being written
+    (memory, files), (memory_after, files_after) = (map(min, zip(*ten)) for ten in (seen[:10], seen[-10:]))
+    print(f"\n{name}, {SOAK} steps, {SOAK // every} saves: memory {memory:.0f} -> {memory_after:.0f} MB, open files {files} "
+          f"-> {files_after}")
+    assert memory_after <= 1.05 * memory + 10 and files_after <= files
 
 
 def test_a_kill_during_a_save_leaves_the_last_checkpoint(tmp_path):
@@ -834,8 +892,8 @@ def test_two_ranks_with_half_the_batch_each_take_the_step_of_one(toy, tmp_path):
         states = []
         for ranks in (1, 2):
             out = folder_without(toy, tmp_path / f"{name}_{ranks}", name)
-            run(f"torchrun --nproc_per_node={ranks} --master_port={29511 + ranks} {command} {SMALL} --out {out} "
-                f"--steps 2 --learning_rate 1e-4 --warmup 1")
+            launcher = "python" if ranks == 1 else f"torchrun --nproc_per_node={ranks} --master_port=29513"
+            run(f"{launcher} {command} {SMALL} --out {out} --steps 2 --learning_rate 1e-4 --warmup 1")
             states.append(load(out / f"{name}.pt"))
         one, two = states
         assert len(two["random"]) == 2 and not torch.equal(two["random"][0]["cpu"], two["random"][1]["cpu"])
@@ -2536,53 +2594,29 @@ SCORES = {
     "maskgit": {"accuracy", "fd", "guidance_scale"}, "hnt": {"step_ratio"}, "classifier": {"test_accuracy"}}
 
 
-def script(out, *command):
-    return subprocess.run([sys.executable, *command, "--config", "toy", "--data", "shapes", "--out", str(out)], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def test_report(tmp_path):
-    """All stages at a few steps, then the report: its files, its numbers' names, and nothing measured twice."""
-    small = ["--steps", "3", "--batch_size", "8"]
-    missing = script(tmp_path, "evaluate.py", "report", "--tokens", "4")
-    assert missing.returncode == 2 and "python vqgan.py" in missing.stderr and not list(tmp_path.iterdir())
-    stages = [["vqgan.py", *small, "--channels", "8", "--perceptual", "none"],
-              ["tokenizer.py", "--tokens", "2", *small, "--width", "32", "--expert_width", "32"],
-              ["hnt.py", "--tokens", "4", "--steps", "10", "--batch_size", "8"],
-              ["tokenizer.py", "--tokens", "4", "--stage", "2", *small, "--perceptual", "none", "--discriminator", "patch"],
-              ["generator.py", "--mode", "ar", "--tokens", "4", *small, "--width", "32", "--layers", "2"],
-              ["generator.py", "--mode", "maskgit", "--tokens", "4", *small, "--width", "32", "--layers", "2"]]
-    # Shapes have 10,000 training images whose codes are extracted once, and a classifier: untrained will do here.
-    sets = [data.open_dataset("shapes", split, 32) for split in ("train", "val")]
-    made_of = [*(s.fingerprint for s in sets), 900, 128]
-    torch.save({"stage": "fd_classifier", "model": evaluate.FDClassifier(10).state_dict(), "step": 900,
-                "test_accuracy": 0.1, "config": {"made_of": made_of}}, tmp_path / "fd_classifier.pt")
-    for stage in stages:
-        done = script(tmp_path, *stage)
-        assert done.returncode == 0, done.stderr
-    few = ["--tokens", "4", "--images", "100", "--samples", "50"]
-    first = script(tmp_path, "evaluate.py", "report", *few)
-    assert first.returncode == 0, first.stderr
-    scores = json.loads((tmp_path / "scores.json").read_text())
+def test_report(alone, tmp_path):
+    """The report on all stages: its files, its numbers' names, and nothing measured twice."""
+    refused(f"python evaluate.py report --config toy --data shapes --tokens 4 --out {tmp_path}", "python vqgan.py")
+    assert not list(tmp_path.iterdir())
+    out = shutil.copytree(alone("evaluation")[0], tmp_path / "out")
+    scores, measured = json.loads((out / "scores.json").read_text()), (out / "measured.json").stat().st_mtime_ns
     assert set(scores) == {"data", "seed", "seconds", "fd_floor", *SCORES} and scores["data"] == "shapes"
     assert {name: set(scores[name]) for name in SCORES} == SCORES
     assert {"vqgan", "stage1", "hnt", "stage2", "ar", "maskgit"} <= set(scores["seconds"])
-    report = (tmp_path / "report.md").read_text()
+    report = (out / "report.md").read_text()
     pictures = [name for name in ("reconstructions", "prefixes", "samples_ar", "samples_maskgit", "order", "losses")
-                if f"![]({name}.png)" in report and (tmp_path / f"{name}.png").exists()]
+                if f"![]({name}.png)" in report and (out / f"{name}.png").exists()]
     assert len(pictures) == 6
     table = report.split("## Scores\n\n")[1].split("\n\n")[0]
-    assert table in first.stdout                                            # the same on the screen
 
-    measured = (tmp_path / "measured.json").stat().st_mtime_ns
-    assert script(tmp_path, "evaluate.py", "report", *few).returncode == 0
-    assert (tmp_path / "measured.json").stat().st_mtime_ns == measured
-    assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    (tmp_path / "maskgit_nativetok_4.pt").unlink()
-    partial = script(tmp_path, "evaluate.py", "scores", *few)
-    assert partial.returncode == 0 and "AR samples" in partial.stdout and "not there yet" in partial.stdout
-    wrong = script(tmp_path, "evaluate.py", "repart")
-    assert wrong.returncode == 2 and "Did you mean report" in wrong.stderr
+    command = killable("evaluation")
+    assert table in run(command, cwd=out)                                   # the same on the screen
+    assert (out / "measured.json").stat().st_mtime_ns == measured
+    assert json.loads((out / "scores.json").read_text()) == scores
+    (out / "maskgit_nativetok_4.pt").unlink()
+    partial = run(command.replace("report", "scores"), cwd=out)
+    assert "AR samples" in partial and "not there yet" in partial
+    refused("python evaluate.py repart", "Did you mean report")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
