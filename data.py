@@ -52,6 +52,7 @@ class Images:
     """What every dataset has. A subclass sets the fields and writes `get`, and `skip` if files can be unreadable."""
     # fingerprint: a hash that changes when the images or their order do, as far as is seen without reading all of them
     name = where = split = fingerprint = ""
+    content = ""                    # a hash that is the same for a copy of the images, and for most other images is not
     classes: list[str]
     labels: np.ndarray              # int64 [n]
     border = 0                      # pixels on each side that are padding and not picture: scores leave them out
@@ -117,6 +118,7 @@ class Fashion(Images):
             raise BadInput(f"{folder}: {len(self.pixels)} images, {len(self.labels)} labels of {split} do not belong "
                            f"together. Delete the folder and run python data.py")
         self.fingerprint = hash_of("fashion", split, image_size, self.pixels.tobytes(), self.labels.tobytes())
+        self.content = self.fingerprint
 
     def get(self, index, rng=None):
         return self.get_many([index], [rng])[0]
@@ -291,7 +293,8 @@ class Shapes(Images):
         centres = (np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size) - 1
         self.x, self.y = centres[None, :], centres[:, None]          # [1, W], [H, 1] in -1 .. 1
         self.in_memory, self.drawn = image_size <= 64, {}      # small ones are drawn once and kept: index -> image
-        self.fingerprint = hash_of("shapes", split, image_size, *(self.get(i).tobytes() for i in range(20)))
+        self.content = hash_of("shapes", split, image_size, *(self.get(i).tobytes() for i in range(20)))
+        self.fingerprint = self.content
 
     def get(self, index, rng=None):
         if not self.in_memory:
@@ -363,6 +366,7 @@ class Folder(Images):
         self.files = [file for _, file, *_ in files]                        # relative to root, sorted by class and name
         number = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([number[name] for name, *_ in files], dtype=np.int64)
+        self.content = hash_of("folder", split, image_size, [file[:3] for file in files])     # names and sizes
         # names, sizes and times of change
         self.fingerprint = hash_of("folder", split, image_size, files, *["draft"] * draft)
 
