@@ -66,7 +66,7 @@ SLOW = ["torch._dynamo", "torch.utils.data", "torch.utils.flop_counter", "scipy.
 
 @functools.cache
 def warm():
-    """A server that has imported what is slow to import, computes nothing, and forks into the scripts that start() names:
+    """A server that has imported what is slow to import, computes nothing, and forks into the scripts that running() names:
     0.1 s each instead of 1.6 s. It ends with this process. (Hash seeds are alike in all its forks.)"""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SLOW)
@@ -90,7 +90,7 @@ def become(words, cwd, environment, stdout, stderr):
 
 
 @contextlib.contextmanager
-def start(command, cwd=ROOT, stdout=os.devnull, stderr=os.devnull):
+def running(command, cwd=ROOT, stdout=os.devnull, stderr=os.devnull):
     """`python script.py ...` as a process of its own (pid, exitcode, join(), kill()), which does not outlive the block."""
     words = (shlex.split(command)[1:], str(cwd), {**os.environ, **ENVIRONMENT}, str(stdout), str(stderr))
     # as source: a fork that had to import this file for the function would have our modules, and not the script's own
@@ -109,7 +109,7 @@ def run(command, code=0, cwd=ROOT, fresh=False, **environment):
     if re.fullmatch(r"python \S+\.py( [^;|&<>$*`]*)?", command) and not fresh and not environment:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / name for name in ("stdout", "stderr")]
-            with start(command, cwd, *files) as process:
+            with running(command, cwd, *files) as process:
                 process.join(300)
             output, returncode = "".join(file.read_text() for file in files), process.exitcode
     else:
@@ -649,7 +649,7 @@ STAGES = {      # what each stage's checkpoint is called, and its command withou
     "maskgit_nativetok_4": "python generator.py --tokens 4 --mode maskgit",
 }
 NEEDS = ("vqgan.pt", "perceptual.pt", "nativetok_2.pt", "nativetok_4.pt", "nativetok_4_stage2.pt",
-         "codes_nativetok_4_stage2_train.npy", "codes_nativetok_4_stage2_train.json")
+         "codes_nativetok_4_train.npy", "codes_nativetok_4_train.json")
 
 
 def folder_without(toy, target, name):
@@ -667,7 +667,7 @@ def test_ctrl_c_saves_first(toy, tmp_path, name):
     out, steps = folder_without(toy, tmp_path / "out", name), 200
     command = f"{STAGES[name]} {SMALL} --out {out} --steps {steps}"
     checkpoint = out / f"{name}.pt"
-    with start(f"{command} --save_every 2", stderr=tmp_path / "stderr") as process:
+    with running(f"{command} --save_every 2", stderr=tmp_path / "stderr") as process:
         while process.is_alive() and not checkpoint.exists():
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGINT)
@@ -679,7 +679,7 @@ def test_ctrl_c_saves_first(toy, tmp_path, name):
 
 
 KILLS, KILL_SEED = (int(os.environ.get(name, default)) for name, default in (("KILLS", 8), ("KILL_SEED", 0)))
-TINY_RUN = "--resume --batch_size 4 --save_every 1 --log_every 1 --preview_every 3"
+TINY_RUN = "--resume --batch_size 4 --save_every 1 --log_every 2 --preview_every 3"
 TINY_CODES = "--patch_size 4 --width 16 --heads 2 --expert_width 8 --expert_heads 2 --encoder_layers 1 --decoder_layers 1"
 TINY_GENERATOR = "--tokens 4 --width 16 --heads 2 --layers 2"
 KILLED = {      # command, and what it makes
@@ -702,7 +702,7 @@ def killable(stage):
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
+def smallest(tmp_path_factory):
     """A folder with all stages at the smallest size."""
     folder = tmp_path_factory.mktemp("tiny")
     for stage in list(KILLED)[:6]:
@@ -713,9 +713,9 @@ def prepared(tmp_path_factory):
     return folder
 
 
-def copy_for(stage, prepared, target):
-    """A copy of the prepared folder without what the stage makes."""
-    return shutil.copytree(prepared, target, ignore=shutil.ignore_patterns(*KILLED[stage][1]))
+def copy_for(stage, smallest, target):
+    """A copy of the smallest folder without what the stage makes."""
+    return shutil.copytree(smallest, target, ignore=shutil.ignore_patterns(*KILLED[stage][1]))
 
 
 def without_times(value):
@@ -727,7 +727,7 @@ def without_times(value):
 def content(path):
     """What must be equal in two runs: all but times."""
     if path.suffix == ".pt":
-        return load(path)
+        return without_times(load(path))
     if path.suffix == ".json":
         return without_times(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
@@ -754,12 +754,12 @@ def being_written(folder):
 
 
 @pytest.fixture(scope="session")
-def alone(prepared, tmp_path_factory):
+def alone(smallest, tmp_path_factory):
     """alone(stage) -> the folders of two runs that were let alone, and the seconds of the second. The first has an
     interpreter, and so a hash seed, of its own."""
     @functools.cache
     def alone(stage):
-        folders = [copy_for(stage, prepared, tmp_path_factory.mktemp(stage) / name) for name in ("first", "second")]
+        folders = [copy_for(stage, smallest, tmp_path_factory.mktemp(stage) / name) for name in ("first", "second")]
         run(killable(stage), cwd=folders[0], fresh=True)
         started = time.monotonic()
         run(killable(stage), cwd=folders[1])
@@ -779,20 +779,20 @@ def test_another_seed_and_more_workers(folder, tmp_path):
         run(f"python vqgan.py --config toy --data {folder} --out {tmp_path}/{i} --image_size 16 --channels 8 --steps 12 "
             f"--perceptual none {TINY_RUN} {changes}")
         logs.append(content(tmp_path / str(i) / "vqgan.jsonl"))
-    assert len(logs[0]) == 12 and logs[0] == logs[1] != logs[2]
+    assert len(logs[0]) == 6 and logs[0] == logs[1] != logs[2]
 
 
 @pytest.mark.parametrize("stage", KILLED)
-def test_killed_runs(alone, prepared, tmp_path, stage):
+def test_killed_runs(alone, smallest, tmp_path, stage):
     """SIGKILL at random moments, half of them when a save is next, and on again: at the end every file is that of a run
     that was let alone. By hand: KILLS=100 python -m pytest -q -s test_all.py -k killed_runs"""
     whole, _, duration = alone(stage)
     said, chance = tmp_path / "said", np.random.default_rng([KILL_SEED, *stage.encode()])
     kills, in_a_save, finished, folder = 0, 0, 0, None
     while kills < KILLS or folder:
-        folder = folder or copy_for(stage, prepared, tmp_path / str(finished))
+        folder = folder or copy_for(stage, smallest, tmp_path / str(finished))
         left = being_written(folder)            # by earlier kills
-        with start(killable(stage), folder, said, said) as process:
+        with running(killable(stage), folder, said, said) as process:
             process.join(chance.uniform(0, duration) if kills < KILLS else 300)
             if kills < KILLS and chance.random() < 0.5:
                 while process.is_alive() and being_written(folder) <= left:
@@ -815,14 +815,14 @@ SOAK = int(os.environ.get("SOAK", 150))
 @pytest.mark.parametrize("name, command", [
     ("vqgan", "vqgan.py --image_size 8 --channels 4 --perceptual none"),
     ("ar_nativetok_4", f"generator.py --mode ar {TINY_GENERATOR}")], ids=["vqgan", "ar"])
-def test_soak(prepared, tmp_path, name, command):
+def test_soak(smallest, tmp_path, name, command):
     """Tiny steps with hundreds of saves, previews and lines of the log: memory and open files stay as they were after the
     first 2 % of them. By hand: SOAK=20000 python -m pytest -q -s test_all.py -k soak"""
-    folder = shutil.copytree(prepared, tmp_path / "out", ignore=shutil.ignore_patterns(f"{name}*"))
+    folder = shutil.copytree(smallest, tmp_path / "out", ignore=shutil.ignore_patterns(f"{name}*"))
     every, seen = max(3, SOAK // 500), []
     command = (f"python {ROOT}/{command} --config toy --data shapes --out . --batch_size 2 --steps {SOAK} "
                f"--save_every {every} --log_every {every} --preview_every {every}")
-    with start(command, folder, stderr=tmp_path / "said") as process:
+    with running(command, folder, stderr=tmp_path / "said") as process:
         log, proc = folder / f"{name}.jsonl", Path(f"/proc/{process.pid}")
         while process.is_alive():
             time.sleep(0.01)
