@@ -24,6 +24,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 import warnings
@@ -654,6 +655,7 @@ def token_cache(tokenizer, dataset, path, fingerprint, views=1, image_size=None,
     todo = {part: np.split(parts[part], range(batch_size, len(parts[part]), batch_size))
             for part in list(parts)[rank::world] if not is_part(part, (views, len(parts[part])), dtype)}
     bar = tqdm(total=sum(len(parts[part]) for part in todo), unit="image", disable=rank > 0 or not todo,
+               mininterval=0.5 if sys.stderr.isatty() else 60,              # in a file a line a minute is enough
                desc=f"codes of {dataset.name} {dataset.split}" + (f", rank 0 of {world}" if world > 1 else ""))
     # one stream for all parts: workers that start anew for each would come too late
     stream = read(dataset, [(rows, rows) for batches in todo.values() for rows in batches], None, workers)

@@ -69,7 +69,7 @@ class BadInput(ValueError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after the checkpoint was written."""
+    """Ctrl-C, SIGTERM or SIGHUP, after the checkpoint was written."""
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR,
@@ -151,9 +151,11 @@ def write_atomically(path, writer, needs=None):
             raise
         reason = getattr(error, "strerror", None) or "the disk is full or the folder cannot be written"
         was = "The file that was there is unchanged" if path.exists() else "Nothing was written"
-        takes = f"it takes {size(needs)}, and " if needs else ""
-        raise BadInput(f"{path}: cannot be written ({reason}); {takes}{size(free_space(path))} are free there. {was}; "
-                       f"free some space, or choose another folder with --out") from error
+        space, advice = "", "Choose"
+        if getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            takes = f"it takes {size(needs)}, and " if needs else ""
+            space, advice = f"; {takes}{size(free_space(path))} are free there", "Free some space, or choose"
+        raise BadInput(f"{path}: cannot be written ({reason}){space}. {was}. {advice} another folder with --out") from error
 
 
 def size(count):
@@ -530,14 +532,14 @@ class Watch(threading.Thread):
             if max(silent) >= self.SILENT:
                 lost = self.signs[rank := silent.index(max(silent))]
                 line = (f"rank {rank} (process {lost['pid']} on {lost['host']}) has not been heard of for {self.SILENT} s: "
-                        f"stopped, or its machine is gone. It was at {lost['where']}, step {lost['step']}")
+                        f"stopped, or its machine is gone. It was at {lost['where']}, after step {lost['step']}")
                 self._end(line, kill=lost["pid"] if lost["host"] == socket.gethostname() else None)
             if self.hang and still >= self.hang:
                 places = {}
                 for rank, sign in enumerate(self.signs):
                     places.setdefault(sign["where"], []).append(str(rank))
                 where = "; ".join(f"rank{'s' * (len(r) > 1)} {', '.join(r)} at {w}" for w, r in places.items())
-                self._end(f"no rank has finished step {self.step} for {still} s: {where}. Whoever is at another place "
+                self._end(f"no step for {still} s after step {self.step}: {where}. Whoever is at another place "
                           f"than most of them hangs (a disk?). Where steps may take so long: --hang SECONDS")
 
     def _end(self, line, kill=None):
@@ -553,7 +555,7 @@ class Watch(threading.Thread):
             for rank, sign in enumerate(self.signs):
                 if sign["host"] == socket.gethostname() and sign["doing"] != "ended" and is_dead(sign["pid"]):
                     return (f"rank {rank} (process {sign['pid']} on {sign['host']}) is gone without a word, at "
-                            f"{sign['where']}, step {sign['step']}: killed, perhaps for want of memory. The last "
+                            f"{sign['where']}, after step {sign['step']}: killed, perhaps for want of memory. The last "
                             f"checkpoint is whole: go on with --resume")
             time.sleep(0.1)
         return "another rank has ended; if it could say why, its line stands here too. Go on with --resume"
@@ -669,6 +671,12 @@ class Run:
         probe.unlink()
         self.lock = lock(self.path.with_name(f".{self.path.stem}.lock"), f"trains {self.path.name}")
 
+    def _look_after_folder(self):
+        if not self.args.out.exists():      # removed, or its disk is gone: what is in memory is worth keeping
+            self.say(f"{self.args.out}: the folder has vanished, with all that was in it. It is made anew, and the run goes "
+                     f"on there")
+            self._take_folder()
+
     def _existing_results(self):
         """The checkpoint to go on from, or None."""
         if self.args.overwrite or not self.path.exists():
@@ -776,12 +784,13 @@ class Run:
                               enabled=self.training.bf16 and self.device.type == "cuda")
 
     def steps(self):
-        """Yield the steps still to do; save every so often, at the end, and on Ctrl-C."""
+        """Yield the steps still to do; save every so often, at the end, and on Ctrl-C, SIGTERM or a closed terminal."""
         self._on_main(self._begin)
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]         # nohup's, for a closed terminal
         before = [signal.signal(s, self._ask_to_stop) for s in signals]
         self.bar = tqdm(total=self.training.steps, initial=self.step, desc=self.path.stem, unit="step",
-                        disable=not self.main, mininterval=1.0, dynamic_ncols=True)
+                        disable=None if self.main else True, mininterval=1.0, dynamic_ncols=True)     # None: no terminal
         self.started = self.logged_time = now = time.perf_counter()
         self.logged_step, shortest = self.step, math.inf
         try:
@@ -861,6 +870,7 @@ class Run:
     def say(self, line):
         if self.main:
             tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def save(self):
         """Write the checkpoint to a temporary name and rename it; all ranks call it. Raises BadInput instead where a
@@ -882,6 +892,7 @@ class Run:
             if not all(t.isfinite().all() for t in tensors_in(checkpoint[name]) if t.is_floating_point()):
                 raise BadInput(f"{name} is not finite after step {self.step}; {self._what_is_kept()}. Try a smaller "
                                f"--learning_rate" + " or --no-bf16" * self.training.bf16)
+        self._look_after_folder()
         needs = sum(t.nbytes for t in tensors_in(checkpoint))
         write_atomically(self.path, lambda temporary: torch.save(checkpoint, temporary), needs)
         if self.training.keep > 1:
@@ -979,13 +990,13 @@ class Run:
         rate = (self.step - self.logged_step) * self.training.batch_size / (now - self.logged_time)
         line = {"step": self.step, **means, "images_per_s": rate, "seconds": self.seconds + now - self.started}
         self.logged_time, self.logged_step = now, self.step
-        if not self.log_path.parent.exists():
-            self.say(f"{self.log_path.parent}: the folder has vanished, with all that was in it; it is made anew, and the "
-                     f"run goes on there")
-            self.log_path.parent.mkdir(parents=True)
+        self._look_after_folder()
         with open(self.log_path, "a") as file:
             file.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
-        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {line['images_per_s']:.0f} images/s")
+        text = f"loss {means['loss']:.3f}, {line['images_per_s']:.0f} images/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:        # a file: a bar would fill it
+            self.say(f"step {self.step} of {self.training.steps}: {text}")
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, self.step)
 
