@@ -55,7 +55,7 @@ from hnt import freeze_reused
 from tokenizer import MODELS, PRESETS, TRAINING, MoCET, Stage1, build, load_tokenizer
 from tokenizer import macs as tokenizer_macs
 from trainer import BadInput
-from vqgan import VQGAN, ConvNeXtSmall, Discriminator, load_vqgan, read_weights
+from vqgan import VQGAN, ConvNeXtSmall, Discriminator, VQGANConfig, load_vqgan, read_weights
 
 BATCH = 100         # images at once where nothing is trained: larger ones fall out of a CPU's caches
 bar = functools.partial(tqdm, leave=False, disable=None)       # shown on a terminal only, and gone when done
@@ -860,7 +860,7 @@ def fd_classifier(train_set, test_set, path, device="cpu", steps=900, batch_size
         model = FDClassifier(len(train_set.classes)).to(device, memory_format=torch.channels_last)
     if path.exists():
         checkpoint = trainer.load_checkpoint(path, "fd_classifier", make=f"rm {path}; python evaluate.py scores")
-        if checkpoint["config"]["made_of"] == made_of:
+        if checkpoint["config"].get("made_of") == made_of and isinstance(checkpoint.get("test_accuracy"), float):
             trainer.load_weights(model, checkpoint["model"], path)
             return model.eval().requires_grad_(False), checkpoint["test_accuracy"]
     batches = data.batches(train_set, batch_size, seed=2718)
@@ -2199,7 +2199,7 @@ def paper(args):
     """make paper, make table1 ...: what is asked for, from what is trained."""
     path = args.out / "vqgan.pt"
     checkpoint = trainer.load_checkpoint(path, "vqgan", make=f"make {args.what} CONFIG={args.config}")
-    bench = Bench(args, checkpoint["config"]["image_size"])
+    bench = Bench(args, trainer.read_config(VQGANConfig, checkpoint["config"], path).image_size)
     it = Paper(args, bench, made_of_all(args, bench))
     if not it.folders:
         raise BadInput(f"{args.out}: holds no folder seed0. Train first: make {args.what} CONFIG={args.config}")
@@ -2260,7 +2260,7 @@ def main():
     if "vqgan" in missing or (args.what == "report" and missing):
         raise BadInput(f"{files[missing[0]]}: not found. Train it first: {commands[missing[0]]}")
     checkpoint = trainer.load_checkpoint(files["vqgan"], "vqgan", make=commands["vqgan"])
-    bench = Bench(args, checkpoint["config"]["image_size"])
+    bench = Bench(args, trainer.read_config(VQGANConfig, checkpoint["config"], files["vqgan"]).image_size)
     notebook = Notebook(args.out / "measured.json", made_of_all(args, bench))
     if args.what == "report":
         return report(args, bench, notebook, files, name, checkpoint.get("settings", {}).get("seed"))

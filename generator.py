@@ -427,7 +427,9 @@ LOSSES = {"ar": ar_loss, "maskgit": maskgit_loss}
 def stage_of(path):
     """What a checkpoint says it is; None if it says nothing, and then whoever opens it next says what is wrong."""
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["stage"]
+        with trainer.open_file(path):       # a pipe: whoever opens it waits
+            stage = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["stage"]
+        return stage if isinstance(stage, str) else None
     except Exception:                                                                  # torch raises many kinds here
         return None
 
@@ -438,10 +440,16 @@ def load_generator(path, device="cpu"):
     stage = stage_of(path) or Path(path).name.split("_")[0]     # a file that says nothing: its name, for the advice
     mode = stage if stage in GENERATORS else "ar"
     checkpoint = trainer.load_checkpoint(path, mode, make=f"python generator.py --mode {mode}", device=device)
-    model = GENERATORS[mode](GeneratorConfig(**checkpoint["config"]))
-    trainer.load_weights(model, checkpoint["ema"]["model"], path)
-    model.about = checkpoint["about"]
-    return model.to(device).eval()
+    model = trainer.load_model(GENERATORS[mode], GeneratorConfig, checkpoint, path)
+    model.about = checkpoint.get("about")
+    texts = {"tokenizer", "fingerprint", "data"}
+    if not (isinstance(model.about, dict) and model.about.keys() == texts | {"classes"}
+            and all(isinstance(model.about[name], str) for name in texts)
+            and isinstance(model.about["classes"], list) and len(model.about["classes"]) == model.config.num_classes
+            and all(isinstance(name, str) for name in model.about["classes"])):
+        raise BadInput(f"{path}: does not say what its codes and classes mean. Train it again: python generator.py "
+                       f"--mode {mode} --overwrite")
+    return model.to(device)
 
 
 def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
@@ -452,13 +460,11 @@ def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
     """
     state = read_weights(path_or_state_dict)
     state = state.get("model", state)                                                  # as the published files have it
-    rows, width = shape_of(state, "cls_embedding.embedding_table.weight", "LlamaGen")
+    rows, width = shape_of(state, "cls_embedding.embedding_table.weight", "LlamaGen", 2)
     layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-    config = GeneratorConfig(mode="ar", tokens=tokens, codebook_size=shape_of(state, "output.weight", "LlamaGen")[0],
+    config = GeneratorConfig(mode="ar", tokens=tokens, codebook_size=shape_of(state, "output.weight", "LlamaGen", 2)[0],
                              num_classes=rows - 1, width=width, layers=layers, heads=heads, rope=rope)
-    model = ARGenerator(config)
-    trainer.load_weights(model, state, "LlamaGen weights")
-    return model.eval()
+    return trainer.made_to_fit(lambda: ARGenerator(config), state, "LlamaGen weights").eval()
 
 
 def load_titok_maskgit(path_or_state_dict, heads=None):
@@ -468,20 +474,19 @@ def load_titok_maskgit(path_or_state_dict, heads=None):
     not a U-ViT's (the generators of TiTok-L-32 and -B-64 are BERTs and do not fit).
     """
     state = read_weights(path_or_state_dict)
-    codebook_size = shape_of(state, "lm_head.weight", "TiTok U-ViT")[0]
-    rows, width = shape_of(state, "embeddings.weight", "TiTok U-ViT")
-    tokens = shape_of(state, "pos_embed", "TiTok U-ViT")[1] - 1
+    codebook_size = shape_of(state, "lm_head.weight", "TiTok U-ViT", 2)[0]
+    rows, width = shape_of(state, "embeddings.weight", "TiTok U-ViT", 2)
+    tokens = shape_of(state, "pos_embed", "TiTok U-ViT", 3)[1] - 1
     layers = 2 * len({name.split(".")[1] for name in state if name.startswith("in_blocks.")})
     config = replace(PRESETS["maskgit_full"], tokens=tokens, codebook_size=codebook_size, width=width, layers=layers,
                      num_classes=rows - codebook_size - 2, heads=heads or (16 if width >= 512 else 4))
-    model = MaskGITGenerator(config)
-    trainer.load_weights(model, state, "TiTok U-ViT weights")
-    return model.eval()
+    return trainer.made_to_fit(lambda: MaskGITGenerator(config), state, "TiTok U-ViT weights").eval()
 
 
-def shape_of(state, name, kind):
-    if name not in state:
-        raise BadInput(f"{kind} weights: no entry {name} among {len(state)}. Is it another model's file?")
+def shape_of(state, name, kind, dimensions):
+    if name not in state or state[name].ndim != dimensions:
+        raise BadInput(f"{kind} weights: no entry {name} of {dimensions} dimensions among {len(state)}. Is it another "
+                       f"model's file?")
     return state[name].shape
 
 
