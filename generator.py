@@ -677,7 +677,8 @@ def sample_pictures(args, tokenizer_path, path):
         each = len(labels) // len(wanted)
         rows_of_one_class = each * len(wanted) == len(labels) and each <= 16
         save_grid(images, each if rows_of_one_class else math.ceil(math.sqrt(len(labels))), output)
-    print(f"{output}: {len(labels)} samples of {', '.join(names[i] for i in labels.unique_consecutive()[:12])}")
+    shown = ", ".join(names[i] for i in labels.unique_consecutive()[:12])
+    print(trainer.printable(f"{output}: {len(labels)} samples of {shown}"))
 
 
 def macs(config):
