@@ -436,7 +436,7 @@ def list_images(folder):
         known = read_json(kept)
         if all(os.stat(name).st_mtime_ns == changed for name, changed in known["folders"].items()):
             found = [tuple(file) for file in known["files"]]
-            if {tuple(map(type, file)) for file in found} == {(str, str, int, int)}:
+            if known["checksum"] == hash_of(known["folders"], found):
                 say(f"{folder}: {len(found):,} images, list from {kept}")
                 return sorted({name for name, *_ in found}), found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):      # no list, a damaged one, a folder that left
@@ -467,7 +467,7 @@ def list_images(folder):
         say(f"{folder}: {len(loose):,} images that lie beside the class folders are left out")
     found = sorted(found or [("images", *rest) for _, *rest in loose])
     if len(found) > LARGE and max(folders.values()) < start - 2e9:      # not while files still come: it could miss one
-        text = json.dumps({"folders": folders, "files": found})
+        text = json.dumps({"folders": folders, "files": found, "checksum": hash_of(folders, found)})
         try:
             write_atomically(kept, lambda temporary: temporary.write_text(text))
         except BadInput:        # a disk that cannot be written: the next start takes as long as this one

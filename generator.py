@@ -33,7 +33,7 @@ import data
 import trainer
 from tokenizer import default_tokenizer, load_tokenizer
 from trainer import BadInput, TrainConfig
-from vqgan import load_vqgan, read_weights
+from vqgan import load_vqgan, name_of, read_weights
 
 GUIDANCE = ("constant", "linear", "power-cosine")
 SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps")     # may change after training
@@ -458,13 +458,14 @@ def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
     heads: 12 for B, 16 for L; rope: "2d" for the published ones; tokens: how many `generate` makes, which the weights
     do not say (256: 16 x 16). Raises BadInput if keys or shapes are not LlamaGen's.
     """
-    state = read_weights(path_or_state_dict)
+    state, what = read_weights(path_or_state_dict), name_of(path_or_state_dict, "LlamaGen weights")
     state = state.get("model", state)                                                  # as the published files have it
-    rows, width = shape_of(state, "cls_embedding.embedding_table.weight", "LlamaGen", 2)
+    rows, width = shape_of(state, "cls_embedding.embedding_table.weight", 2, what)
+    codebook_size = shape_of(state, "output.weight", 2, what)[0]
     layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-    config = GeneratorConfig(mode="ar", tokens=tokens, codebook_size=shape_of(state, "output.weight", "LlamaGen", 2)[0],
-                             num_classes=rows - 1, width=width, layers=layers, heads=heads, rope=rope)
-    return trainer.made_to_fit(lambda: ARGenerator(config), state, "LlamaGen weights").eval()
+    return trainer.made_to_fit(lambda: ARGenerator(GeneratorConfig(
+        mode="ar", tokens=tokens, codebook_size=codebook_size, num_classes=rows - 1, width=width, layers=layers,
+        heads=heads, rope=rope)), state, what).eval()
 
 
 def load_titok_maskgit(path_or_state_dict, heads=None):
@@ -473,20 +474,20 @@ def load_titok_maskgit(path_or_state_dict, heads=None):
     heads, which the shapes do not say: 16 as published; 4 for a width below 512. Raises BadInput if keys or shapes are
     not a U-ViT's (the generators of TiTok-L-32 and -B-64 are BERTs and do not fit).
     """
-    state = read_weights(path_or_state_dict)
-    codebook_size = shape_of(state, "lm_head.weight", "TiTok U-ViT", 2)[0]
-    rows, width = shape_of(state, "embeddings.weight", "TiTok U-ViT", 2)
-    tokens = shape_of(state, "pos_embed", "TiTok U-ViT", 3)[1] - 1
+    state, what = read_weights(path_or_state_dict), name_of(path_or_state_dict, "TiTok U-ViT weights")
+    codebook_size = shape_of(state, "lm_head.weight", 2, what)[0]
+    rows, width = shape_of(state, "embeddings.weight", 2, what)
+    tokens = shape_of(state, "pos_embed", 3, what)[1] - 1
     layers = 2 * len({name.split(".")[1] for name in state if name.startswith("in_blocks.")})
-    config = replace(PRESETS["maskgit_full"], tokens=tokens, codebook_size=codebook_size, width=width, layers=layers,
-                     num_classes=rows - codebook_size - 2, heads=heads or (16 if width >= 512 else 4))
-    return trainer.made_to_fit(lambda: MaskGITGenerator(config), state, "TiTok U-ViT weights").eval()
+    return trainer.made_to_fit(lambda: MaskGITGenerator(replace(
+        PRESETS["maskgit_full"], tokens=tokens, codebook_size=codebook_size, width=width, layers=layers,
+        num_classes=rows - codebook_size - 2, heads=heads or (16 if width >= 512 else 4))), state, what).eval()
 
 
-def shape_of(state, name, kind, dimensions):
+def shape_of(state, name, dimensions, what):
     if name not in state or state[name].ndim != dimensions:
-        raise BadInput(f"{kind} weights: no entry {name} of {dimensions} dimensions among {len(state)}. Is it another "
-                       f"model's file?")
+        raise BadInput(f"{what}: no entry {name} of {dimensions} dimensions among {len(state)}. Is it another model's "
+                       f"file?")
     return state[name].shape
 
 

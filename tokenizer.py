@@ -657,7 +657,7 @@ def load_titok(path_or_state_dict, image_size=256):
     transposed, as [D, L], so that each latent mixes many tokens. Their weights mean nothing without it (`legacy`).
     Raises BadInput if keys or shapes are not theirs; TiTok's later models (vq8k, vae) are others.
     """
-    state, what = vqgan.read_weights(path_or_state_dict), "TiTok weights"
+    state, what = vqgan.read_weights(path_or_state_dict), vqgan.name_of(path_or_state_dict, "TiTok weights")
     for name, dimensions in {"latent_tokens": 2, "encoder.patch_embed.weight": 4, "encoder.positional_embedding": 2,
                              "decoder.ffn.0.weight": 4, "quantize.embedding.weight": 2,
                              "pixel_quantize.embedding.weight": 2}.items():
@@ -671,10 +671,13 @@ def load_titok(path_or_state_dict, image_size=256):
     encoder, decoder = (len({name.split(".")[2] for name in state if name.startswith(f"{part}.transformer.")})
                         for part in ("encoder", "decoder"))
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
-    config = TokenizerConfig(model="titok", tokens=tokens, patch_size=patch_size, width=width, heads=max(1, width // 64),
-                             encoder_layers=encoder, decoder_layers=decoder, code_dim=code_dim,
-                             codebook_size=codebook_size, vqgan=VQGANConfig(image_size=image_size))
-    model = trainer.sketch(lambda: TiTok(config), 2 * len(state), what)
+
+    def make():
+        return TiTok(TokenizerConfig(model="titok", tokens=tokens, patch_size=patch_size, width=width, heads=width // 64,
+                                     encoder_layers=encoder, decoder_layers=decoder, code_dim=code_dim,
+                                     codebook_size=codebook_size, vqgan=VQGANConfig(image_size=image_size)))
+
+    model = trainer.sketch(make, len(state), what)
     ours = {}
     for name, value in state.items():
         for theirs, mine in TITOK_NAMES:
@@ -689,8 +692,7 @@ def load_titok(path_or_state_dict, image_size=256):
         if name in ours and [n for n in ours[name].shape if n > 1] == [n for n in value.shape if n > 1]:
             ours[name] = ours[name].reshape(value.shape)            # 1x1 convolutions, and a leading 1
     ours.setdefault("quantizer.usage", torch.ones(codebook_size))   # ours alone: the public files do not count use
-    model = trainer.made_to_fit(lambda: TiTok(config), ours,
-                                path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else what)
+    model = trainer.made_to_fit(make, ours, what)
     model.legacy = True
     return model.eval().requires_grad_(False)
 

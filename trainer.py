@@ -357,28 +357,27 @@ def made_to_fit(make, state_dict, path):
     """
     check_fit(sketch(make, len(state_dict), path), state_dict, path)
     model = make()
-    load_weights(model, state_dict, path)
+    model.load_state_dict(state_dict)
     return model
 
 
-def sketch(make, most, path):
-    """make() on the meta device. Raises BadInput where that fails, or comes to more than `most` parameters: a file of
-    three weights can ask for a billion layers, which take an hour even without memory."""
-    left = most
+def sketch(make, entries, path):
+    """make() on the meta device, for the shapes of a model that is to have so many weights. Raises BadInput where that
+    fails or goes on and on: a file of three weights can ask for a billion layers, which take hours without memory too.
+    """
+    left = 2 * entries + 100            # some more than there are: what is missing is to be named
 
     def count_down(module, name, parameter):
         nonlocal left
         left -= 1
         if left < 0:
-            raise BadInput(f"{path}: its settings ask for more than the {most} entries it has. Make it anew")
+            raise ValueError(f"many more weights than the {entries} in the file")
 
     hook = register_module_parameter_registration_hook(count_down)
     try:
         return on_meta(make)
-    except BadInput:
-        raise
     except Exception as error:
-        raise BadInput(f"{path}: its settings make no model ({first_line(error)}). Make it anew") from error
+        raise BadInput(f"{path}: its sizes make no model ({first_line(error)}). Is it another kind of file?") from error
     finally:
         hook.remove()
 

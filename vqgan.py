@@ -282,8 +282,12 @@ def load_maskgit_vqgan(path_or_state_dict):
     state = read_weights(path_or_state_dict)
     model = VQGAN(PRESETS["full"])
     state.setdefault("quantize.usage", model.quantize.usage)    # ours alone: the public file does not count use
-    trainer.load_weights(model, state, path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else "weights")
+    trainer.load_weights(model, state, name_of(path_or_state_dict, "weights"))
     return model.eval()
+
+
+def name_of(path_or_state_dict, otherwise):
+    return path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else otherwise
 
 
 def read_weights(path_or_state_dict):
@@ -405,7 +409,7 @@ class ConvNeXtSmall(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
         if path_or_state_dict is not None:      # None: to count with
-            trainer.load_weights(self, read_weights(path_or_state_dict), "ConvNeXt-S weights")
+            trainer.load_weights(self, read_weights(path_or_state_dict), name_of(path_or_state_dict, "ConvNeXt-S weights"))
         self.eval().requires_grad_(False)
 
     def forward(self, images):
