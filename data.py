@@ -360,7 +360,7 @@ class Folder(Images):
     of such files (and more than one) end the run."""
 
     def __init__(self, folder, split, image_size, augment, draft):
-        self.name = self.where = str(folder)
+        self.name = self.where = printable(folder)
         self.split, self.image_size, self.augment, self.draft, self.unreadable = split, image_size, augment, draft, {}
         folder = Path(folder)
         if not os.access(folder, os.R_OK | os.X_OK):
@@ -514,7 +514,7 @@ def decode(path, image_size, draft=False):
     That is faster, but the pixels are not quite those of a full decode: scores must not depend on it.
 
     Memory: 8 bytes a pixel at the peak, 16 for WebP, 25 for JPEG 2000, so at Pillow's limit of 90 megapixels 0.7 GB,
-    1.4 GB, 2.2 GB (measured); what claims to be larger is not decoded.
+    1.4 GB, 2.2 GB (measured); what claims to be larger is not decoded. Time: some seconds at the most.
     """
     with open_file(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")                         # of odd metadata; a file that cannot be read raises
@@ -523,6 +523,7 @@ def decode(path, image_size, draft=False):
             image = Image.open(file, formats=kinds())
         except UnidentifiedImageError:
             raise OSError("not an image") from None             # Pillow's own words name the open file
+        check_time(image, file)
         if draft:
             image.draft(None, (2 * image_size, 2 * image_size))
         image.load()                                            # animated: the first frame
@@ -533,6 +534,20 @@ def decode(path, image_size, draft=False):
     for top in range(0, image.height, ROWS):                    # by and by: what comes between takes 32 bytes a pixel
         rgb.paste(to_rgb(image.crop((0, top, image.width, min(top + ROWS, image.height)))), (0, top))
     return rgb
+
+
+def check_time(image, file):
+    """Raise OSError for a picture that would take minutes, however small its file is."""
+    pixels = image.width * image.height
+    if pixels > 2 ** 24 and any(tile[0] in Image.DECODERS for tile in image.tile):      # 1 microsecond a pixel
+        raise OSError(f"{pixels} pixels of a kind that Pillow decodes in Python, a minute and more. Convert it to PNG")
+    if image.format in ("JPEG", "MPO"):     # a scan takes 0.3 nanoseconds a pixel, and 100 bytes; about 10 are usual
+        place = file.tell()
+        file.seek(0)
+        scans = sum(piece.count(b"\xff\xda") for piece in iter(lambda: file.read(2 ** 20), b""))
+        file.seek(place)
+        if scans * pixels > 2 ** 35:
+            raise OSError(f"a JPEG of {scans} scans, which would take minutes")
 
 
 def to_rgb(image):
@@ -745,7 +760,7 @@ def write_part(path, codes):
 
 
 def read_part(path):
-    """codes [views, rows, L]. Raises OSError or ValueError."""
+    """codes [views, rows, L]. Raises many kinds of exceptions."""
     with open_file(path) as file:
         content = file.read()
     if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "big"):
@@ -764,7 +779,7 @@ def join_parts(path, parts, n):
         for part, rows in parts.items():
             try:
                 codes = read_part(part)
-            except (OSError, ValueError) as error:
+            except Exception as error:
                 raise BadInput(f"{part}: damaged since it was written. Run again: it is extracted anew") from error
             views, _, length = codes.shape
             if not rows[0]:
@@ -780,7 +795,7 @@ def is_part(path, shape, dtype):
     try:
         part = read_part(path)
         return part.ndim == 3 and part.shape[:2] == shape and part.dtype == dtype
-    except (OSError, ValueError):
+    except Exception:           # noqa: BLE001  an old part, or damage: a header that is no Python, a size
         return False
 
 
@@ -884,13 +899,13 @@ def main():
         raise BadInput(f"--image_size {args.image_size}: must be at least 1")
     train = open_dataset(args.data, "train", args.image_size, augment=True)
     val = open_dataset(args.data, "val", args.image_size)
-    print(printable(f"data         {train.name}{'' if train.photographs else ' (drawn, not photographed)'}, {train.where}"))
+    print(f"data         {train.name}{'' if train.photographs else ' (drawn, not photographed)'}, {train.where}")
     size, more = args.image_size, ", ..." if len(train.classes) > 12 else ""
     print(f"images       {len(train):,} train, {len(val):,} val, {size}x{size}, border {train.border}")
     print(printable(f"classes      {len(train.classes)}: {', '.join(train.classes[:12])}{more}"))
     print(f"fingerprint  train {train.fingerprint}, val {val.fingerprint}")
     if args.note:
-        write_atomically(args.note, lambda temporary: temporary.write_text(train.name, errors="surrogateescape"))
+        write_atomically(args.note, lambda temporary: temporary.write_text(train.name))
     if args.preview:
         rows = [np.flatnonzero(val.labels == label)[:10] for label in range(len(val.classes))]
         rows = [np.resize(row, 10) for row in rows if len(row)][:20]

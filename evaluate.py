@@ -817,7 +817,8 @@ def fid(args):
     scores, protocol = compare_pictures(real, fake, inception, args.out, args.device)
     protocol += [f"{name}: {value}" for name, value in more.items()]
     if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join([f"{name:<42} {value:.4f}" for name, value in scores.items()] + protocol))
+        lines = [f"{name:<42} {value:.4f}" for name, value in scores.items()] + protocol
+        print("\n".join(map(trainer.printable, lines)))        # they have names of folders and files in them
         if args.json:
             text = json.dumps({"scores": scores, "protocol": protocol}, indent=1) + "\n"
             trainer.write_atomically(args.json, lambda temporary: temporary.write_text(text))

@@ -791,8 +791,8 @@ def reconstruct(args):
     target = args.out / "reconstruct.png"
     data.save_picture(data.picture_grid(both, 2, scale=max(1, 128 // model.config.image_size)), target)
     for name, row in zip(args.reconstruct, codes.tolist()):
-        print(f"{name}: {' '.join(map(str, row))}")
-    print(f"{target}: original beside reconstruction, by {path}")
+        print(f"{trainer.printable(name)}: {' '.join(map(str, row))}")
+    print(trainer.printable(f"{target}: original beside reconstruction, by {path}"))
 
 
 def main():

@@ -239,7 +239,7 @@ def parse(parser, argv=None):
     args.device = choose_device(args.device)
     setup_ranks(args.device)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"config: {args.config} ({why}), results in {args.out}")
+        print(printable(f"config: {args.config} ({why}), results in {args.out}"))
     return args
 
 
@@ -783,13 +783,16 @@ class Run:
 
 
 def read_log(path):
-    """The lines of a run's JSONL log as dicts; a last line that a kill cut short is left out."""
+    """The lines of a run's JSONL log as dicts, up to one that a kill cut short or a disk damaged."""
     lines = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
+    for text in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+            if not (type(line["step"]) is int and all(isinstance(value, (int, float)) for value in line.values())):
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
+        lines.append(line)
     return lines
 
 
