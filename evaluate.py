@@ -594,7 +594,7 @@ def folder_pictures(path, size=None):
     jpegs = sum(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
     resized = f", middle square resized to {size} (bicubic)" if size else ""
     return Pictures(f"{len(files):,} images of {path}{resized}", len(files), data.hash_of("folder", size, listed), read,
-                    frozenset(f.resolve() for f in files),
+                    frozenset(Path(os.path.realpath(f)) for f in files),        # resolve() raises where links go round
                     (f"{jpegs:,} of {path} are JPEGs, whose compression is scored with them",) if jpegs else ())
 
 

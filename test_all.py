@@ -20,6 +20,7 @@ import resource
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -2948,6 +2949,335 @@ def test_mutated_notes(tmp_path, monkeypatch):
         name = list(seeds)[random.integers(len(seeds))]
         return name, mutated(seeds[name], random, list(seeds.values())), True
     check_mutations("notes", read, make, MUTATIONS // 20, tmp_path)
+
+
+# -- one by one: what failed once -------------------------------------------------------------------------------------
+
+def one_line(error, *words):
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
+
+@needs_linux
+@pytest.mark.parametrize("content", (EPS, IPTC), ids=("eps", "iptc"))
+def test_no_program_is_started_for_a_picture(tmp_path, content):
+    """Pillow hands an EPS to Ghostscript, and an IPTC file can hold one."""
+    def read(path):
+        with contextlib.suppress(BadInput):
+            data.read_image(path, 8)
+    assert watched(read, [(0, "x.jpg", content, None)], tmp_path, GB)[0] == [(0, "read")]
+
+    def careless(path):         # and the harness would see it
+        with Image.open(path) as image, contextlib.suppress(OSError):
+            image.load()
+    (tmp_path / "gs").write_text("#!/bin/sh\n")
+    (tmp_path / "gs").chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        assert "subprocess.Popen" in watched(careless, [(0, "x.jpg", content, None)], tmp_path, GB)[0][0][1]
+
+
+@needs_linux
+def test_the_watch_sees_crashes_hangs_hunger_and_tracebacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 1)
+    bad = {"crash": lambda: os.kill(os.getpid(), signal.SIGSEGV), "hang": lambda: time.sleep(60),
+           "hunger": lambda: np.ones(10 ** 8, np.uint8), "words": lambda: os.write(2, b"Traceback (most recent call"),
+           "error": lambda: 1 // 0, "other": lambda: 5, "good": lambda: 7}
+    cases = [(i, name, b"", 7) for i, name in enumerate(bad)]
+    outcomes = watched(lambda path: bad[path.name](), cases, tmp_path, 2 ** 26)[0]
+    for (_, outcome), words in zip(outcomes, ("ended the process", "no answer in 1 s", "0.1 GB", "traceback",
+                                              "ZeroDivisionError", "something else", "read")):
+        assert words in outcome
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def special_files():
+    return {"pipe": pipe, "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), "folder": Path.mkdir,
+            "device": lambda path: path.symlink_to("/dev/zero"), "loop": lambda path: path.symlink_to(path),
+            "dangling": lambda path: path.symlink_to("nothing")}
+
+
+def test_what_is_no_file_among_pictures(tmp_path):
+    """None of them may make the reader wait, or read for ever: the whole of it under a limit of time."""
+    (tmp_path / "p").mkdir()
+    for i in range(300):
+        picture(i % 4, 8, 8).save(tmp_path / "p" / f"{i}.png")
+    with contextlib.chdir(tmp_path / "p"):              # a socket's name may have 108 bytes
+        for name, make in special_files().items():
+            make(Path(f"{name}.jpg"))
+            with pytest.raises(BadInput) as error:
+                data.read_image(f"{name}.jpg", 8)
+            one_line(error, f"{name}.jpg")
+        with pytest.raises(BadInput, match="cannot be read"):
+            list(evaluate.folder_pictures(".").read(0, 400))
+    dataset = data.open_dataset(str(tmp_path / "p"), "train", 8)
+    with pytest.raises(BadInput, match="3 of 288 files cannot be read"):
+        list(data.all_images(dataset, 16))
+
+
+def test_a_pipe_in_the_place_of_any_other_file(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    for read in (lambda path: trainer.load_checkpoint(path, "vqgan"), vqgan.read_weights, generator.load_generator,
+                 generator.open_tokenizer, evaluate.npz_names, evaluate.read_images, evaluate.read_statistics,
+                 evaluate.npz_pictures, lambda path: data.read_idx(tmp_path, "x", 3)):
+        with pytest.raises(BadInput) as error:
+            read(tmp_path / "x")
+        one_line(error, str(tmp_path / "x"))
+    assert evaluate.is_shard(tmp_path / "x", 0, 2) is False
+    assert evaluate.Notebook(tmp_path / "x", [])("a", [], lambda: 3) == 3
+    for name in ("codes.npy", "codes.json"):
+        few_codes(tmp_path / "cache")
+        (tmp_path / "cache" / name).unlink()
+        os.mkfifo(tmp_path / "cache" / name)
+        with pytest.raises(BadInput, match="not a regular file"):
+            few_codes(tmp_path / "cache")
+        (tmp_path / "cache" / name).unlink()
+
+
+def test_class_folders_that_go_round(tmp_path, folder, capsys):
+    want = data.open_dataset(str(folder), "train", 8)
+    (folder / "train" / "up").symlink_to("..")
+    (folder / "train" / "here").symlink_to(".")
+    (folder / "train" / "self").symlink_to("self")
+    (folder / "train" / "ant" / "down").symlink_to("..")
+    found = data.open_dataset(str(folder), "train", 8)
+    assert found.files == want.files and found.classes == want.classes
+    assert capsys.readouterr().out.count("a link to a folder that it lies in") == 2
+    (tmp_path / "elsewhere").symlink_to(folder / "train" / "ant")        # a link to another place is none of these
+    (folder / "train" / "bug").symlink_to(tmp_path / "elsewhere")
+    (folder / "val" / "bug").mkdir()
+    assert data.open_dataset(str(folder), "train", 8).classes == ["ant", "bee", "bug", "cat"]
+
+
+def test_names_that_are_no_text(tmp_path):
+    """Bytes that are no UTF-8, line ends and terminal escapes in names of files, classes and folders: one line each."""
+    odd = [b"\xff\xfe", b"two\nlines", b"\x1b[2Jclear", "‮turned".encode()]
+    for i, name in enumerate(odd):
+        place = os.path.join(os.fsencode(tmp_path), b"o\xffdd\n", name)
+        os.makedirs(place)
+        for j in range(120):
+            picture(j % 3, 8, 8).save(Path(os.fsdecode(place)) / f"{j}.png")
+    bad = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"o\xffdd\n", odd[0], b"\xff\n\x1b[31m.png")))
+    bad.write_bytes(b"\x1b[31m")
+    for command, code in ((["--data", os.fsencode(bad.parents[1]), "--preview", tmp_path / "a.png", "--bench", "--workers", "0"], 0),
+                          (["--data", os.fsencode(bad)], 2)):
+        done = subprocess.run([sys.executable, data.__file__, *command], capture_output=True, timeout=120,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        output = done.stdout + done.stderr
+        assert done.returncode == code and b"Traceback" not in output and b"\x1b" not in output, output
+        assert b"\\udcff" in output and all(b": " in line or b"  " in line for line in output.splitlines()), output
+    assert b"\\n\\x1b[31m.png: is a file" in output
+    assert trainer.printable("a" * 10 ** 6).startswith("aaa") and len(trainer.printable("a" * 10 ** 6)) < 4000
+
+
+@needs_linux
+@pytest.mark.parametrize("mode", ("RGBA", "I;16", "F", "LA", "CMYK"))
+def test_memory_of_a_picture(tmp_path, mode):
+    """16 megapixels in a small file: 8 bytes a pixel, where float64 and the layers of compositing took up to 32."""
+    image = (Image.fromarray(np.zeros((4000, 4000), np.uint16)) if mode == "I;16" else Image.new(mode, (4000, 4000)))
+    content = bytes_of(image.save, format="TIFF", compression="tiff_deflate")
+    read = functools.partial(data.decode, image_size=8)
+    outcomes, _, memory = watched(lambda path: read(path).size, [(0, "x.tif", content, (4000, 4000))], tmp_path, GB)
+    assert outcomes == [(0, "read")] and 5 < memory / 16e6 < 12
+
+
+def test_strips_make_no_difference(tmp_path, monkeypatch):
+    for name, content in pictures_of_all_kinds().items():
+        (tmp_path / "x").write_bytes(content)
+        try:
+            monkeypatch.setattr(data, "ROWS", 7)
+            strips = data.decode(tmp_path / "x", 8)
+        except OSError:
+            continue
+        monkeypatch.setattr(data, "ROWS", 10 ** 6)
+        assert strips.tobytes() == data.decode(tmp_path / "x", 8).tobytes(), name
+
+
+def test_pictures_that_would_take_minutes(tmp_path):
+    content = bytes_of(Image.new("L", (5000, 5000)).save, format="JPEG", progressive=True)
+    scan = content[content.rfind(b"\xff\xc4", 0, content.rfind(b"\xff\xda")):-2]
+    (tmp_path / "scans.jpg").write_bytes(content[:-2] + scan * 1500 + content[-2:])         # 0.2 MB
+    (tmp_path / "slow.ppm").write_bytes(b"P6\n9000 9000\n100\n")
+    for name, words in (("scans.jpg", "scans, which would take minutes"), ("slow.ppm", "decodes in Python")):
+        with pytest.raises(BadInput, match=words) as error:
+            data.read_image(tmp_path / name, 8)
+        one_line(error, name)
+    (tmp_path / "usual.jpg").write_bytes(content)
+    assert data.read_image(tmp_path / "usual.jpg", 8).shape == (3, 8, 8)
+
+
+@needs_linux
+def test_idx_files_that_lie_about_their_size(tmp_path):
+    head = bytes([0, 0, 8, 3])
+    cases = {"bomb": gzip.compress(head + np.array([2, 28, 28], ">i4").tobytes() + bytes(2 * 10 ** 8)),
+             "negative": head + np.array([-1, 28, 28], ">i4").tobytes(), "zero": head + bytes(12),
+             "huge": head + np.array([2 ** 31 - 1] * 3, ">i4").tobytes(), "short": head + b"\0\0\0"}
+    cases = [(i, name + ".gz" * (name == "bomb"), content, "") for i, (name, content) in enumerate(cases.items())]
+    outcomes, _, memory = watched(lambda path: data.read_idx(path.parent, path.name.removesuffix(".gz"), 3), cases, tmp_path, GB)
+    assert [outcome for _, outcome in outcomes] == ["refused"] * 5 and memory < 5e7
+
+
+@needs_linux
+def test_npz_files_that_lie_about_their_size(tmp_path):
+    def npz(shape, values, name="arr_0", kind="|u1"):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{name}.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": kind, "fortran_order": False, "shape": shape})
+            member.write(bytes(values))
+        return file.getvalue()
+    readers = {"images": lambda path: list(evaluate.read_images(path)), "statistics": evaluate.read_statistics,
+               "features": lambda path: evaluate.read_shard(path, 0, 2)}
+    cases = {"images": [npz((2, 10 ** 6, 10 ** 6, 3), 10 ** 8), npz((3, 4, 4, 3), 10 ** 8), npz((-3, 4, 4, 3), 9),
+                        npz((2 ** 70, 4, 4, 3), 9), npz((2, 20_000, 20_000, 3), 10 ** 8)],
+             "statistics": [npz((10 ** 7,), 8 * 10 ** 7, "mu", "<f8")],
+             "features": [npz((10 ** 6, 2048), 10 ** 8, "pool", "<f4"), npz((2, 2048), 10 ** 8, "pool", "<f4")]}
+    cases = [(f"{kind}{i}", f"{kind}.npz", content, "") for kind, contents in cases.items() for i, content in enumerate(contents)]
+    outcomes, _, memory = watched(lambda path: readers[path.stem](path), cases, tmp_path, GB)
+    assert all(outcome == "refused" for _, outcome in outcomes) and memory < 3e7, outcomes
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
+    path, content = tmp_path / "x.pt", bytearray(bytes_of(torch.save, small_checkpoint("vqgan")))
+    weight = small_checkpoint("vqgan")["ema"]["model"]["encoder.conv_in.weight"].numpy().tobytes()
+    content[content.rindex(weight) + 3] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["ema"]["model"]["encoder.conv_in.weight"],
+                           small_checkpoint("vqgan")["ema"]["model"]["encoder.conv_in.weight"])    # torch does not see it
+    for read in (vqgan.load_vqgan, vqgan.read_weights):
+        with pytest.raises(BadInput, match="damaged") as error:
+            read(path)
+        one_line(error, str(path))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def change(tree, keys, value):
+    for key in keys[:-1]:
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+HOSTILE = [
+    (["stage"], 3), (["stage"], laughs()), (["stage"], "x" * 10 ** 6), (["step"], -1), (["step"], 10 ** 5000), (["step"], True),
+    (["config"], []), (["config"], laughs()), (["config", "tokens"], 10 ** 5000), (["config", "new"], 1),
+    (["config", "tokens"], "2"), (["config", "heads"], 0), (["config", "expert_layers"], 10 ** 12), (["config", "width"], -8),
+    (["config", "tokens"], 10 ** 12), (["config", "width"], 10 ** 12), (["config", "vqgan"], None),
+    (["config", "vqgan", "channel_mult"], [1] * 1500), (["config", "vqgan", "channel_mult"], 2),
+    (["config", "vqgan", "image_size"], 2 ** 40), (["config", "vqgan", "codebook_size"], math.nan), (["model"], None),
+    (["model", "new"], 1), (["ema"], 1), (["ema"], {}), (["ema", "model"], [1]), (["ema", "model", 7], torch.zeros(1)),
+    (["ema", "model", "decoder.class_token"], torch.zeros(1).expand(1, 1, 8)),
+    (["ema", "model", "decoder.class_token"], torch.zeros(1, 1, 8, dtype=torch.complex64)),
+    (["ema", "model", "decoder.class_token"], torch.zeros(1, 1, 8, dtype=torch.int64)),
+    (["ema", "model", "decoder.class_token"], torch.eye(8).to_sparse()),
+    (["ema", "model", "decoder.class_token"], torch.zeros(1, 1, 8, device="meta")),
+    (["ema", "model", "\x1b[2J\n"], torch.zeros(1)), (["settings"], 1), (["settings"], laughs()), (["training"], None)]
+
+
+def test_a_checkpoint_with_nonsense_in_it_is_one_line(tmp_path):
+    for i, (keys, value) in enumerate(HOSTILE):
+        checkpoint = small_checkpoint("tokenizer")
+        change(checkpoint, keys, value)
+        torch.save(checkpoint, tmp_path / f"{i}.pt")
+        with pytest.raises(BadInput) as error:
+            tokenizer.load_tokenizer(tmp_path / f"{i}.pt")
+        assert len(str(error.value)) < 4000, keys
+        one_line(error, str(tmp_path / f"{i}.pt"))
+
+
+@pytest.mark.parametrize("about", (None, [], {}, {"classes": "ab", "tokenizer": "", "fingerprint": "", "data": ""},
+                                   {"classes": ["a", 1], "tokenizer": "", "fingerprint": "", "data": ""}))
+def test_a_generator_that_does_not_say_what_its_codes_mean(tmp_path, about):
+    torch.save({**small_checkpoint("ar"), "about": about}, tmp_path / "x.pt")
+    with pytest.raises(BadInput, match="does not say what its codes and classes mean"):
+        generator.load_generator(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_that_would_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, new in (("new.pt", True), ("old.pt", False)):
+        torch.save({**small_checkpoint("vqgan"), "about": Evil()}, name, _use_new_zipfile_serialization=new)
+    for name, read in itertools.product(("new.pt", "old.pt"), (vqgan.load_vqgan, vqgan.read_weights, generator.open_tokenizer)):
+        with pytest.raises(BadInput):
+            read(Path(name))
+    assert not Path("executed").exists()
+
+
+def test_a_compressed_checkpoint_is_a_bomb(tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, content in (("x/data.pkl", b"\x80\x02}."), ("x/version", b"3\n"), ("x/data/0", bytes(10 ** 7))):
+            archive.writestr(member, content)
+    (tmp_path / "x.pt").write_bytes(packed.getvalue())
+    for read in (vqgan.load_vqgan, vqgan.read_weights):
+        with pytest.raises(BadInput, match="damaged"):
+            read(tmp_path / "x.pt")
+
+
+WRONG_PARTS = [
+    (["optimizer"], None), (["optimizer", "param_groups"], []), (["optimizer", "param_groups", 0, "lr"], "fast"),
+    (["optimizer", "state", 0, "exp_avg"], torch.zeros(1)), (["optimizer", "state", 0, "step"], None), (["ema"], {}),
+    (["ema", "model"], {}), (["ema", "updates"], None), (["random"], None), (["random"], [{"cpu": torch.zeros(3)}]), (["model"], {})]
+
+
+def test_a_run_is_not_resumed_from_nonsense(tmp_path):
+    make, config = SMALL_MODELS["vqgan"]
+    resumed = trainer.parse(trainer.command_line(""), ["--config", "toy", "--device", "cpu", "--out", str(tmp_path), "--resume"])
+
+    def track(keys, value):
+        checkpoint = small_checkpoint("vqgan")
+        change(checkpoint, keys, value)
+        torch.save(checkpoint, tmp_path / "x.pt")
+        run, model = trainer.Run(resumed, "vqgan", "x", config, trainer.TrainConfig()), make(config)
+        run.track(model=model, optimizer=torch.optim.AdamW(model.parameters()), ema=trainer.Ema(model, 0.9))
+    track(["settings"], {"seed": 0})
+    track(["random"], [])                       # as of another number of ranks
+    for keys, value in WRONG_PARTS:
+        with pytest.raises(BadInput, match="x.pt") as error:
+            track(keys, value)
+            pytest.fail(f"{keys} = {value}: taken")
+        one_line(error)
+
+
+def test_a_titok_file_of_odd_shapes_is_one_line():
+    keys = asset_keys("titok_s_keys.json")
+    for name, shape in (("latent_tokens", (3,)), ("latent_tokens", (0, 0)), ("latent_tokens", (128, 10 ** 9)),
+                        ("encoder.patch_embed.weight", (512, 3, 16, 0)), ("quantize.embedding.weight", (4096,)),
+                        ("encoder.positional_embedding", ()), ("latent_token_positional_embedding", (2, 2)),
+                        ("encoder.latent_token_positional_embedding", (7, 5))):
+        state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+        state[name] = torch.empty(shape, device="meta")
+        with pytest.raises(BadInput) as error:
+            tokenizer.load_titok(state, image_size=64)
+        one_line(error, "TiTok weights")
+
+
+def test_a_damaged_part_is_extracted_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 3)
+    want = np.array(few_codes(tmp_path / "good"))
+    failing, mending = Brightness(), Brightness()
+    failing.fails_at = 4
+    with pytest.raises(RuntimeError):
+        few_codes(tmp_path / "x", failing)
+    part, = (tmp_path / "x").glob("*/000000.npy")
+    content = bytearray(part.read_bytes())
+    content[-9] ^= 1                            # one bit of a code
+    part.write_bytes(content)
+    assert np.array_equal(few_codes(tmp_path / "x", mending), want) and mending.calls == 4
+
+    class Saboteur(Brightness):                 # damages the first part after it was looked at, before all are joined
+        def encode(self, images):
+            for part in (tmp_path / "y").glob("*/*.npy"):
+                part.write_bytes(bytes(content))
+            return super().encode(images)
+    with pytest.raises(BadInput, match="damaged since it was written"):
+        few_codes(tmp_path / "y", Saboteur())
+    mending = Brightness()
+    assert np.array_equal(few_codes(tmp_path / "y", mending), want) and mending.calls == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -329,8 +329,8 @@ def read_config(cls, values, path):
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             value = read_config(kind, value, path)
         elif kind == tuple[int, ...]:
-            kind, value = tuple, tuple(value) if isinstance(value, (tuple, list)) else value
-            kind = kind if all(type(each) is int for each in value) else None
+            several = isinstance(value, (tuple, list)) and all(type(each) is int for each in value)
+            kind, value = (tuple, tuple(value)) if several else (None, value)
         elif kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
@@ -497,7 +497,7 @@ class Ema:
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
-        self.updates = state["updates"]
+        self.updates = int(state["updates"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -788,9 +788,9 @@ def read_log(path):
     for text in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
         try:
             line = json.loads(text)
-            if not (type(line["step"]) is int and all(isinstance(value, (int, float)) for value in line.values())):
+            if type(line["step"]) is not int or not all(isinstance(n, (int, float)) for n in (line["seconds"], *line.values())):
                 break
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             break
         lines.append(line)
     return lines
