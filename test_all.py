@@ -2522,7 +2522,7 @@ def watched(read, cases, folder, bound):
 def answer(read, cases, folder, bound, send):
     """The child of `watched`: writes a line of JSON a case."""
     log, executed = folder / "log", []
-    with open(log, "wb") as file:
+    with open(log, "ab") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     sys.addaudithook(lambda event, args: event in STARTS_SOMETHING and executed.append(event))
     for case in cases:
@@ -2537,7 +2537,7 @@ def answer(read, cases, folder, bound, send):
         elif memory > bound:
             outcome = f"took {memory / GB:.1f} GB"
         os.write(send, json.dumps([case[0], outcome, seconds, memory]).encode() + b"\n")
-        executed.clear()
+        executed.clear(), os.truncate(log, 0)
 
 
 def memory_now(what, process="self"):
