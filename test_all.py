@@ -2724,7 +2724,7 @@ def with_nonsense(tree, random):
                 del place[key]
             elif random.random() < 0.1 and isinstance(place, dict):
                 place[(7, "new", None)[random.integers(3)]] = value
-            elif torch.is_tensor(place[key]) and random.random() < 0.5:
+            elif torch.is_tensor(place[key]) and place[key].numel() < 10 ** 6 and random.random() < 0.5:
                 place[key] = (place[key].long(), place[key][None], place[key].double(), place[key] * math.nan)[random.integers(4)]
             else:
                 place[key] = value
@@ -2808,6 +2808,40 @@ def test_mutated_checkpoints(tmp_path):
             return f"{stage}.pt", repacked(seeds[stage], random, list(seeds.values())), None
         return f"{stage}.pt", bytes_of(torch.save, with_nonsense(trees[stage], random)), None
     check_mutations("checkpoints", read, make, MUTATIONS // 20, tmp_path)
+
+
+@needs_linux
+def test_mutated_checkpoints_resumed(tmp_path):
+    """Whatever a run takes up, it can go on with."""
+    tree, (make, config) = small_checkpoint("vqgan"), SMALL_MODELS["vqgan"]
+    content = bytes_of(torch.save, tree)
+    args = trainer.parse(trainer.command_line(""), ["--config", "toy", "--device", "cpu", "--out", "x", "--resume"])
+
+    def read(path):
+        args.out = path.parent
+        try:
+            run = trainer.Run(args, "vqgan", "x", config, trainer.TrainConfig())
+        except SystemExit as done:
+            return done.code
+        model = make(config)
+        optimizer, ema = torch.optim.AdamW(model.parameters()), trainer.Ema(model, 0.9)
+        run.track(model=model, optimizer=optimizer, ema=ema)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        ema.update(model)
+        return 0
+
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "x.pt").write_bytes(content)
+    assert read(tmp_path / "good" / "x.pt") == 0
+
+    def make_case(random):
+        how = random.integers(4)
+        bad = (mutated(content, random, [content]) if how == 0 else repacked(content, random, [content]) if how == 1
+               else bytes_of(torch.save, with_nonsense(tree, random)))
+        return "x.pt", bad, 0
+    check_mutations("resumed", read, make_case, MUTATIONS // 20, tmp_path)
 
 
 @needs_linux
