@@ -26,6 +26,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 import warnings
@@ -64,6 +65,7 @@ class Images:
     """What every dataset has. A subclass sets the fields and writes `get`, and `skip` if files can be unreadable."""
     # fingerprint: a hash that changes when the images or their order do, as far as is seen without reading all of them
     name = where = split = fingerprint = ""
+    content = ""                    # a hash that is the same for a copy of the images, and for most other images is not
     classes: list[str]
     labels: np.ndarray              # int64 [n]
     border = 0                      # pixels on each side that are padding and not picture: scores leave them out
@@ -129,6 +131,7 @@ class Fashion(Images):
             raise BadInput(f"{folder}: {len(self.pixels)} images, {len(self.labels)} labels of {split} do not belong "
                            f"together. Delete the folder and run python data.py")
         self.fingerprint = hash_of("fashion", split, image_size, self.pixels.tobytes(), self.labels.tobytes())
+        self.content = self.fingerprint
 
     def get(self, index, rng=None):
         return self.get_many([index], [rng])[0]
@@ -314,7 +317,8 @@ class Shapes(Images):
         centres = (np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size) - 1
         self.x, self.y = centres[None, :], centres[:, None]          # [1, W], [H, 1] in -1 .. 1
         self.in_memory, self.drawn = image_size <= 64, {}      # small ones are drawn once and kept: index -> image
-        self.fingerprint = hash_of("shapes", split, image_size, *(self.get(i).tobytes() for i in range(20)))
+        self.content = hash_of("shapes", split, image_size, *(self.get(i).tobytes() for i in range(20)))
+        self.fingerprint = self.content
 
     def get(self, index, rng=None):
         if not self.in_memory:
@@ -386,6 +390,7 @@ class Folder(Images):
         self.files = [file for _, file, *_ in files]                        # relative to root, sorted by class and name
         number = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([number[name] for name, *_ in files], dtype=np.int64)
+        self.content = hash_of("folder", split, image_size, [file[:3] for file in files])     # names and sizes
         # names, sizes and times of change
         self.fingerprint = hash_of("folder", split, image_size, files, *["draft"] * draft)
 
@@ -726,6 +731,7 @@ def token_cache(tokenizer, dataset, path, fingerprint, views=1, image_size=None,
     todo = {part: np.split(parts[part], range(batch_size, len(parts[part]), batch_size))
             for part in list(parts)[rank::world] if not is_part(part, (views, len(parts[part])), dtype)}
     bar = tqdm(total=sum(len(parts[part]) for part in todo), unit="image", disable=rank > 0 or not todo,
+               mininterval=0.5 if sys.stderr.isatty() else 60,              # in a file a line a minute is enough
                desc=f"codes of {dataset.name} {dataset.split}" + (f", rank 0 of {world}" if world > 1 else ""))
     # one stream for all parts: workers that start anew for each would come too late
     stream = read(dataset, [(rows, rows) for batches in todo.values() for rows in batches], None, workers)

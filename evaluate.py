@@ -26,7 +26,6 @@ import functools
 import json
 import math
 import os
-import platform
 import re
 import time
 import warnings
@@ -1350,9 +1349,7 @@ def machine(device):
     """The machine in words: GPU, or CPU and cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.*)", cpu)
-    return f"{name[1] if name else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{trainer.processor()}, {torch.get_num_threads()} threads"
 
 
 def seconds_of(files, notebook):

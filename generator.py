@@ -537,8 +537,7 @@ def open_tokenizer(path, device="cpu"):
 # Training
 
 class About:
-    """Facts that a checkpoint carries along: what the codes and labels mean. A resumed run must find the same tokenizer
-    (fingerprint) and data."""
+    """Facts that a checkpoint carries along: what the codes and labels mean."""
 
     def __init__(self, **facts):
         self.facts = facts
@@ -547,10 +546,7 @@ class About:
         return self.facts
 
     def load_state_dict(self, facts):
-        for name in ("fingerprint", "data"):
-            if facts[name] != self.facts[name]:
-                what = "data" if name == "data" else f"tokenizer {self.facts['tokenizer']}"
-                raise BadInput(f"--resume: the {what} changed since this run began. Start anew with --overwrite")
+        pass        # Run compares tokenizer and data, as settings
 
 
 def code_batches(codes, labels, batch_size, seed, step, rank, world):
@@ -580,7 +576,9 @@ def train(args, config, training, tokenizer_path):
         if getattr(args, name, value) != value:
             raise BadInput(f"--{name} {getattr(args, name)}: {tokenizer_path} and the data have {value}. Leave it out")
     config = replace(config, **found)
-    run = trainer.Run(args, config.mode, f"{config.mode}_{codes_name(tokenizer_path)}", config, training, SAMPLING)
+    fingerprint = codes_fingerprint(tokenizer)
+    run = trainer.Run(args, config.mode, f"{config.mode}_{codes_name(tokenizer_path)}", config, training, SAMPLING,
+                      images=dataset.content, tokenizer=fingerprint)
 
     if training.compile:
         trainer.compile_methods({"ar": LlamaBlock, "maskgit": UViTBlock}[config.mode], "forward")
@@ -588,7 +586,6 @@ def train(args, config, training, tokenizer_path):
     parallel, loss_function = run.parallel(model), LOSSES[config.mode]
     optimizer = run.adamw(model.parameters())
     ema = trainer.Ema(model, training.ema)
-    fingerprint = codes_fingerprint(tokenizer)
     run.track(model=model, optimizer=optimizer, ema=ema,
               about=About(classes=list(dataset.classes), tokenizer=str(tokenizer_path), fingerprint=fingerprint,
                           data=dataset.fingerprint))

@@ -139,7 +139,8 @@ def train(args):
     frozen_steps = frozen_steps[args.strategy]
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=training.draft)
     run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config, training, reused=reused,
-                      strategy=args.strategy, frozen_steps=frozen_steps, data=train_set.kind)
+                      strategy=args.strategy, frozen_steps=frozen_steps, data=train_set.kind,
+                      images=train_set.content, vqgan=trainer.fingerprint(teacher))
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
 
     teacher = teacher.to(run.device, memory_format=torch.channels_last).requires_grad_(False)   # faster convolutions

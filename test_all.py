@@ -660,19 +660,6 @@ def test_finished_and_unfinished_runs_are_not_overwritten(toy, tmp_path):
     assert (toy / "vqgan.pt").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path):
-    out = folder_without(toy, tmp_path / "out", "vqgan")
-    run(f"python vqgan.py {SMALL} --out {out} --steps 2")
-    good = (out / "vqgan.pt").read_bytes()
-    line = refused(f"python vqgan.py {SMALL} --out {out} --steps 40 --resume --clip nan",
-                   "vqgan.pt: was made with clip=1.0, not nan")
-    line = refused(f"python vqgan.py {SMALL} --out {out} --steps 40 --overwrite --clip nan --save_every 1",
-                   "not finite at step", "keeps the last good checkpoint")
-    assert re.search(r"at step \d+;", line)
-    kept = load(out / "vqgan.pt")
-    assert all(torch.isfinite(v).all() for v in kept["model"].values()) or kept["step"] <= 1
-
-
 def equal_steps(a, b):
     """Weights equal to 1e-6 after the same steps. A key's bias moves nothing (the softmax cancels it), so its gradient is
     rounding noise, which AdamW blows up: left out. So is the use of codes, counted on the last piece of a batch."""
@@ -798,22 +785,6 @@ def test_wrong_checkpoints(toy, tmp_path):
     refused(f"python hnt.py {SMALL} --out {out} --tokens 2", "fewer than 2 tokens", "python tokenizer.py --tokens 1")
 
 
-def test_output_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    refused(f"python vqgan.py {SMALL} --out {tmp_path}/file/out --steps 2", "--out")
-    refused(f"python vqgan.py {SMALL} --out /proc/nothing --steps 2", "/proc/nothing", "--out")
-
-
-def test_full_disk(toy, tmp_path):
-    """A limit on the size of files stands for the full disk: the old checkpoint stays whole."""
-    out = folder_without(toy, tmp_path / "out", "nativetok_3")
-    run(f"python tokenizer.py --tokens 3 {SMALL} --out {out} --steps 1 --save_every 1")
-    before = (out / "nativetok_3.pt").read_bytes()
-    refused(f"ulimit -f 2000; {sys.executable} tokenizer.py --tokens 3 {SMALL} --out {out} --steps 2 --resume",
-            "nativetok_3.pt: cannot be written", "unchanged")
-    assert (out / "nativetok_3.pt").read_bytes() == before and not list(out.glob("*.writing"))
-
-
 def test_stage_2_starts_from_the_stage_1_file_that_was_asked_for(toy, tmp_path):
     command = f"python tokenizer.py {SMALL} --out {tmp_path} --stage 2"
     refused(f"{command} --checkpoint {toy}/nativetok_4_stage2.pt", "stage 2 already")
@@ -836,6 +807,213 @@ def test_missing_optional_weights(toy, tmp_path):
     out = folder_without(toy, tmp_path / "out", "nativetok_4_stage2")
     refused(f"python tokenizer.py {SMALL} --out {out} --tokens 4 --stage 2 --perceptual convnext --discriminator patch", "convnext_small",
             "--perceptual none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What happens when (trainer.py): disks, locks, numbers, other machines, ranks
+
+VQGAN = f"vqgan.py {SMALL} --save_every 1"
+
+
+def prepared(toy, out):
+    """A folder with the perceptual network, so that vqgan.py need not train it first."""
+    out.mkdir()
+    shutil.copy(toy / "perceptual.pt", out)
+    return out
+
+
+def patched(lines):
+    """vqgan.py, with these lines of Python before its main()."""
+    return (f"{sys.executable} -c 'import sys, trainer, vqgan; sys.argv[0] = \"vqgan.py\"\n{lines}\n"
+            f"trainer.launch(vqgan.main)' {SMALL} --save_every 1 ")
+
+
+def start(words, **environment):
+    """A process of this command line whose output is read later; it is ended with the test, whatever happens."""
+    return subprocess.Popen([sys.executable, *words.split()], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.02)
+
+
+def test_two_runs_in_one_folder(toy, tmp_path):
+    out = prepared(toy, tmp_path / "out")
+    first = start(f"{VQGAN} --out {out} --steps 100000")
+    try:
+        wait_for(out / "vqgan.pt", first)
+        refused(f"python {VQGAN} --out {out} --steps 100000 --resume", f"process {first.pid} on", "trains vqgan.pt", "--out")
+        refused(f"python {VQGAN} --out {out} --steps 100000 --overwrite", f"process {first.pid} on")
+    finally:
+        first.kill()
+        first.communicate()
+    assert (out / ".vqgan.lock").exists()       # the file outlives a kill, the lock does not
+    run(f"python {VQGAN} --out {out} --steps {load(out / 'vqgan.pt')['step'] + 1} --resume")
+    assert not (out / ".vqgan.lock").exists()
+
+
+def test_full_disk(toy, tmp_path):
+    """A limit on the size of files stands for the full disk: the old checkpoint stays whole."""
+    out = prepared(toy, tmp_path / "out")
+    said = run(f"python {VQGAN} --out {out} --steps 1")
+    assert re.search(r"out: takes 7\.\d+ MB \(1 checkpoint of 3\.\d+ MB and the one being written\); .* are free", said)
+    before = (out / "vqgan.pt").read_bytes()
+    refused(f"ulimit -f 2000; {sys.executable} {VQGAN} --out {out} --steps 2 --resume", "vqgan.pt: cannot be written",
+            "it takes 3.", "are free there", "unchanged")
+    assert (out / "vqgan.pt").read_bytes() == before and not list(out.glob("*.writing"))
+    refused(patched("trainer.free_space = lambda path: 1e6") + f"--out {out} --steps 2 --resume", "a checkpoint takes 3.",
+            "1 MB are free")
+    assert (out / "vqgan.pt").read_bytes() == before
+
+
+def test_output_folders_that_are_no_good(toy, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(f"python {VQGAN} --out {tmp_path}/file/out --steps 2", "Not a directory", "--out")
+    refused(f"python {VQGAN} --out /proc/nothing --steps 2", "/proc/nothing", "--out")
+    refused(f"python {VQGAN} --out {tmp_path}/{'x' * 300} --steps 2", "File name too long", "--out")
+    out = prepared(toy, tmp_path / "out")
+    vanish = "log = trainer.Run.log\ndef gone(run, step, **values):\n log(run, step, **values)\n step != 2 or shutil.rmtree(run.args.out)"
+    said = run(patched(f"import shutil\n{vanish}\ntrainer.Run.log = gone") + f"--out {out} --steps 4")
+    assert "has vanished" in said and load(out / "vqgan.pt")["step"] == 4
+    assert [line["step"] for line in trainer.read_log(out / "vqgan.jsonl")] == [4]
+
+
+def test_older_checkpoints_are_kept_and_a_run_can_go_back_to_one(toy, tmp_path):
+    out = prepared(toy, tmp_path / "out")
+    run(f"python {VQGAN} --out {out} --steps 6 --keep 3")
+    assert sorted(p.name for p in (out / "older").iterdir()) == [f"vqgan_step{i}.pt" for i in (4, 5, 6)]
+    whole = load(out / "vqgan.pt")
+    assert equal(load(out / "older" / "vqgan_step6.pt"), whole)
+    shutil.copy(out / "older" / "vqgan_step4.pt", out / "vqgan.pt")
+    run(f"python {VQGAN} --out {out} --steps 6 --keep 3 --resume")
+    assert equal(load(out / "vqgan.pt"), whole)
+    run(f"python {VQGAN} --out {out} --steps 1 --overwrite")
+    assert not list((out / "older").iterdir())
+
+
+def test_a_run_that_goes_on_elsewhere_or_otherwise_says_so(toy, tmp_path):
+    out = prepared(toy, tmp_path / "out")
+    run(f"python {VQGAN} --out {out} --steps 2")
+    checkpoint = load(out / "vqgan.pt")
+    checkpoint["machine"]["torch"] = "2.11.0"
+    torch.save(checkpoint, out / "vqgan.pt")
+    said = run(f"python {VQGAN} --out {out} --steps 3 --resume --learning_rate 1e-5")
+    assert f"elsewhere than it began (torch 2.11.0 -> {torch.__version__})" in said
+    assert "was made with learning_rate=0.004, and goes on with 1e-05, as asked" in said
+    said = run(f"python {VQGAN} --out {out} --steps 4 --resume --learning_rate 1e-5")
+    assert "elsewhere" not in said and "as asked" not in said
+    refused(f"python {VQGAN} --out {out} --steps 5 --resume", "was made with learning_rate=1e-05, not 0.004")
+    refused(f"python {VQGAN} --out {out} --steps 5 --resume --learning_rate 1e-5 --data fashion", "made with data=Shapes")
+
+
+def test_a_tokenizer_does_not_go_on_with_another_vqgan(toy, tmp_path):
+    out = folder_without(toy, tmp_path / "out", "nativetok_3")
+    command = f"python tokenizer.py --tokens 3 {SMALL} --out {out}"
+    run(f"{command} --steps 1")
+    run(f"python {VQGAN} --out {out} --steps 1 --seed 1 --overwrite")
+    refused(f"{command} --steps 2 --resume", "was made with vqgan=", "--overwrite")
+
+
+def test_numbers_that_are_not_finite(toy, tmp_path):
+    out = prepared(toy, tmp_path / "out")
+    refused(f"python {VQGAN} --out {out} --steps 9 --clip nan", "model is not finite after step 1", "nothing was saved yet")
+    assert not (out / "vqgan.pt").exists()
+    refused(f"python {VQGAN} --out {out} --steps 9 --learning_rate 1e30 --warmup 0", "not finite at step 2:", "loss",
+            "keeps the last good checkpoint", "smaller --learning_rate")
+    assert load(out / "vqgan.pt")["step"] == 1
+    before = (out / "vqgan.pt").read_bytes()
+    refused(f"python {VQGAN} --out {out} --steps 9 --clip nan --resume", "was made with clip=1.0, not nan")
+    assert (out / "vqgan.pt").read_bytes() == before
+
+
+def test_exploding_gradients_and_a_collapsing_codebook_are_told_and_the_last_checkpoint_is_put_aside(toy, tmp_path):
+    out = prepared(toy, tmp_path / "out")
+    lie = ("log = trainer.Run.log\ndef lies(run, step, **values):\n"
+           " values |= {\"grad_norm\": 1e4} if step == 7 else {\"perplexity\": 20.0} if step > 8 else {}\n"
+           " log(run, step, **values)\ntrainer.Run.log = lies")
+    said = run(patched(lie) + f"--out {out} --steps 12 --warmup 2 --log_every 1")
+    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2, said        # each once, though the codebook stays bad for three lines
+    assert lines[0].startswith("step 8: the gradient's norm explodes: 1e+04") and "vqgan_before_gradient.pt" in lines[0]
+    assert lines[1].startswith("step 10: the codebook collapses: perplexity 20 with 256 codes")
+    assert {p.name: load(p)["step"] for p in (out / "older").iterdir()} == {"vqgan_before_gradient.pt": 7,
+                                                                           "vqgan_before_codebook.pt": 9}
+
+
+def test_deterministic_is_what_the_cpu_does_anyway(toy, tmp_path):
+    states = []
+    for flag in ("", "--deterministic"):
+        out = prepared(toy, tmp_path / f"out{flag}")
+        run(f"python {VQGAN} --out {out} --steps 2 {flag}")
+        states.append(load(out / "vqgan.pt"))
+    assert equal(*states)
+
+
+RANKS = """
+import os, shutil, signal, sys, time
+sys.path.insert(0, {root!r})
+import data, trainer, vqgan
+trainer.Watch.SILENT = 4
+read, calls, first = data.Reader.__getitem__, 0, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+def get(self, rows):
+    global calls
+    calls += 1
+    if calls == 4 and os.environ["RANK"] == "1" and first:
+        {fault}
+    return read(self, rows)
+data.Reader.__getitem__ = get
+if os.environ["RANK"] == "1" and first:
+    sys.argv += {arguments}
+trainer.launch(vqgan.main)
+"""
+
+
+def ranks(tmp_path, fault, code, flags="", more="", arguments=()):
+    """vqgan.py on two ranks of which the second has a fault at its fourth batch, or other arguments; the lines that say
+    why it ended, and how long that took."""
+    program = tmp_path / "vqgan.py"
+    program.write_text(RANKS.format(root=str(ROOT), fault=fault, arguments=list(map(str, arguments))))
+    output = run(f"torchrun --nproc_per_node=2 --master_port=29531 {flags} {program} {SMALL} "
+                 f"--out {tmp_path / 'out'} --steps 6 --save_every 1 --hang 6 {more}", code)
+    return [line for line in output.splitlines() if line.startswith("vqgan.py: ")]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(toy, tmp_path_factory):
+    """The checkpoint of an undisturbed run of two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    prepared(toy, folder / "out")
+    assert ranks(folder, "pass", 0) == []
+    return load(folder / "out" / "vqgan.pt")
+
+
+@pytest.mark.parametrize("fault, says", [
+    ("os.kill(os.getpid(), signal.SIGKILL)", r"rank 1 \(process \d+ on \S+\) is gone without a word, at .*: killed"),
+    ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 1 \(process \d+ on \S+\) has not been heard of for 4 s: stopped, .* after step \d"),
+    ("time.sleep(1000)", r"no step for \d+ s after step 2: rank 0 at vqgan.py:\d+ train; rank 1 at data.py:\d+ read"),
+    ("raise trainer.BadInput('no such disk')", "no such disk$")], ids=["killed", "stopped", "hung", "refuses"])
+def test_a_lost_rank_ends_all_in_one_line_and_a_restart_goes_on(toy, tmp_path, two_ranks, fault, says):
+    out = prepared(toy, tmp_path / "out")
+    lines = ranks(tmp_path, fault, 0, "--max-restarts=1")
+    assert len(lines) == 1 and re.search(says, lines[0]), lines
+    assert equal(load(out / "vqgan.pt"), two_ranks)
+
+
+def test_ranks_that_see_different_things(toy, tmp_path, folder):
+    other = prepared(toy, tmp_path / "out").parent / "other"
+    line, = ranks(tmp_path, "pass", 1, arguments=["--seed", 1])
+    assert re.search(r"rank 1 on \S+ has seed 1, rank 0 on \S+ has 0\. Give all ranks the same", line)
+    line, = ranks(tmp_path, "pass", 1, arguments=["--data", folder])
+    assert re.search(r"rank 1 on \S+ has data Folder of \d+ images in \d+ classes, rank 0 on \S+ has Shapes", line)
+    assert not (tmp_path / "out" / "vqgan.pt").exists()
+    run(f"python {VQGAN} --out {tmp_path / 'out'} --steps 3")
+    shutil.copytree(tmp_path / "out", other)
+    run(f"python {VQGAN} --out {other} --steps 4 --resume")
+    line, = ranks(tmp_path, "pass", 1, more="--resume", arguments=["--out", other])
+    assert re.search(r"rank 1 on \S+ has --out \S+other, rank 0 on \S+ has \S+out\.", line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2681,7 +2859,8 @@ def small_checkpoint(stage):
     optimizer.step()
     about = {"classes": ["ant", "bee"], "tokenizer": "x.pt", "fingerprint": "0", "data": "1"}
     return {"stage": stage, "step": 4, "config": asdict(config), "training": asdict(trainer.TrainConfig()),
-            "settings": {"seed": 0}, "random": [trainer.random_state()], "model": model.state_dict(),
+            "settings": {"seed": 0}, "random": [trainer.random_state()],
+            "unlogged": {"loss": (torch.tensor(1.0), 2)}, "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "ema": trainer.Ema(model, 0.9).state_dict(),
             **({"about": about} if stage in ("ar", "maskgit") else {})}
 
@@ -3255,7 +3434,8 @@ def test_a_compressed_checkpoint_is_a_bomb(tmp_path):
 WRONG_PARTS = [
     (["optimizer"], None), (["optimizer", "param_groups"], []), (["optimizer", "param_groups", 0, "lr"], "fast"),
     (["optimizer", "state", 0, "exp_avg"], torch.zeros(1)), (["optimizer", "state", 0, "step"], None), (["ema"], {}),
-    (["ema", "model"], {}), (["ema", "updates"], None), (["random"], None), (["random"], [{"cpu": torch.zeros(3)}]), (["model"], {})]
+    (["ema", "model"], {}), (["ema", "updates"], None), (["unlogged"], None), (["unlogged"], {"loss": 3}), (["unlogged"], {"loss": ("a", 1)}), (["machine"], 3),
+    (["settings"], {7: 1, "seed": 0}), (["random"], None), (["random"], [{"cpu": torch.zeros(3)}]), (["model"], {})]
 
 
 def test_a_run_is_not_resumed_from_nonsense(tmp_path):

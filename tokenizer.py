@@ -498,7 +498,8 @@ def train_stage1(args):
     teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt", make=vqgan.MAKE[args.config])
     config = replace(config, vqgan=teacher.config)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=training.draft)
-    run = trainer.Run(args, "tokenizer", checkpoint_name(config), config, training, data=train_set.kind)
+    run = trainer.Run(args, "tokenizer", checkpoint_name(config), config, training, data=train_set.kind,
+                      images=train_set.content, vqgan=trainer.fingerprint(teacher))
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
 
     teacher = teacher.to(run.device, memory_format=torch.channels_last).requires_grad_(False)   # faster convolutions
@@ -580,7 +581,7 @@ def train_stage2(args):
     weights = trainer.override(STAGE2[args.config], args)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=training.draft)
     run = trainer.Run(args, "tokenizer", checkpoint_name(config, stage=2), config, training, losses=asdict(weights),
-                      data=train_set.kind)
+                      data=train_set.kind, images=train_set.content)
     originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
     perceptual = vqgan.perceptual_network(weights.perceptual, train_set, args.out, args.convnext, run.device)
 

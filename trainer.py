@@ -14,8 +14,13 @@ A stage uses it like this, and everything that matters stays in the stage's own 
 
 A run is a pure function of its settings: the data order is computed from (seed, step), the learning rate from the
 step, and the random state travels in the checkpoint. That is why a resumed run equals an uninterrupted one: bit for bit
-on the CPU with as many ranks and threads, up to the order of a GPU's sums on CUDA. (With other --steps the cosine is
-another, and the first line of the log after a stop averages fewer steps.)
+on the CPU with as many ranks and threads, up to the order of a GPU's sums on CUDA (--deterministic fixes that order).
+With other --steps the cosine is another.
+
+What can go wrong on the third night, and what is done here about it: a kill (write_atomically), a full disk
+(Run._write, Run._say_space), two runs in one folder (lock), a rank that dies, stops or hangs (Watch), ranks that see
+different files (agree), numbers that go wrong (Run._stop_if_not_finite, Run._look_for_trouble), another machine
+(Run._say_what_differs).
 """
 import argparse
 import copy
@@ -28,13 +33,18 @@ import inspect
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import signal
+import socket
 import stat
 import statistics
 import sys
+import threading
 import time
 import zipfile
+from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,6 +57,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:     # Windows: runs are not kept apart there
+    fcntl = None
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2
@@ -56,7 +71,7 @@ class BadInput(ValueError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after the checkpoint was written."""
+    """Ctrl-C, SIGTERM or SIGHUP, after the checkpoint was written."""
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR,
@@ -64,7 +79,8 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 
 def launch(main):
-    """Run a script's main(): bad input ends in one line and exit code 2, Ctrl-C in one line and exit code 130."""
+    """Run a script's main(): bad input ends in one line and exit code 2, Ctrl-C in one line and exit code 130, a lost
+    rank in one line and exit code 1. Of several ranks that would say it, the first does."""
     name, code = Path(sys.argv[0]).name, 0
     for stream in (sys.stdout, sys.stderr):     # names of files and classes need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
@@ -75,19 +91,30 @@ def launch(main):
     try:
         main()
     except BadInput as error:
-        print(f"{name}: {printable(error)}", file=sys.stderr)
+        say_cause(f"{name}: {error}")
         code = 2
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"\n{name}: interrupted. {printable(error)}", file=sys.stderr)
+        say_cause(f"{name}: interrupted. {error}")
         code = 130
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"{name}: {printable(error.filename or 'output')}: {error.strerror}. Choose a folder that can be written "
-              f"with --out", file=sys.stderr)
+        say_cause(f"{name}: {error.filename or 'output'}: {error.strerror}. Choose a folder that can be written with "
+                  f"--out")
         code = 2
+    except RuntimeError as error:
+        if Watch.current is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which would come before the line is out
+        say_cause(f"{name}: {Watch.current.lost_rank()}")
+        code = 1
     finally:
+        if Watch.current is not None:
+            Watch.current.stop()
         if dist.is_initialized():
+            if code:                # leaving the group in order would wait for a rank that is gone
+                sys.stdout.flush()
+                os._exit(code)
             dist.destroy_process_group()
     if code:
         sys.exit(code)
@@ -118,8 +145,9 @@ def choose(what, value, options):
     raise BadInput(f"{what} {value!r}: not known. {hint}Choose from: {', '.join(map(str, options))}")
 
 
-def write_atomically(path, writer):
-    """Call writer(temporary path), then rename to path, so that path is at every moment the old file or the new one."""
+def write_atomically(path, writer, needs=None):
+    """Call writer(temporary path), then rename to path, so that path is at every moment the old file or the new one.
+    needs: the bytes it will take, if known, for the message where they are not there. Raises BadInput."""
     path = Path(path)
     # a name of this rank's own, since all ranks may download the same file; and always the same, so that what a kill
     # left behind is overwritten and does not pile up
@@ -130,6 +158,10 @@ def write_atomically(path, writer):
         with open(temporary, "rb+") as file:    # on the disk before the name says so: a power cut must not leave a hole
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        with suppress(OSError):                 # the rename too; not every disk can
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -139,8 +171,68 @@ def write_atomically(path, writer):
             raise
         reason = getattr(error, "strerror", None) or "the disk is full or the folder cannot be written"
         was = "The file that was there is unchanged" if path.exists() else "Nothing was written"
-        raise BadInput(f"{path}: cannot be written ({reason}). {was}; free some space or choose another folder "
-                       f"with --out") from error
+        space, advice = "", "Choose"
+        if getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            takes = f"it takes {size(needs)}, and " if needs else ""
+            space, advice = f"; {takes}{size(free_space(path))} are free there", "Free some space, or choose"
+        raise BadInput(f"{path}: cannot be written ({reason}){space}. {was}. {advice} another folder with --out") from error
+
+
+def size(count):
+    """Bytes in words: 512 KB, 9.6 GB."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 999.5:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.3g} {unit}"
+
+
+def free_space(path):
+    """Bytes that are free where path is, or would be. A user's quota is not seen."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next((p for p in (path, *path.parents) if p.is_dir()), "/")).free
+
+
+def lock(path, what, wait=False):
+    """Let one process at a time do `what` in a folder: hold the lock of file `path` until release() or the process ends.
+
+    The system drops the lock of a process that dies, however it dies: the file may stay behind, the lock does not.
+    (lockf: unlike flock's it is not handed on to worker processes, and it holds on network disks.) Where another process
+    has it: wait for it, or raise BadInput. Returns the open file, or None where files cannot be locked.
+    """
+    if fcntl is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.readline().strip() or "another process"
+            if not wait:
+                raise BadInput(f"{path.parent}: {holder} {what} there. Wait for it, end it, or choose another folder with "
+                               f"--out") from None
+            print(f"{path.parent}: waiting; {holder} {what} there", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError:         # a disk without locks
+            file.close()
+            return None
+        if path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            break
+        file.close()            # the one who had it has just removed the file: a lock on that keeps nobody out
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return file
+
+
+def release(file):
+    if file is not None:
+        with suppress(OSError):
+            os.unlink(file.name)        # before the lock goes: nobody can have locked it in between
+        file.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,10 +259,12 @@ class TrainConfig:
     draft: bool = True              # decode large JPEGs at a fraction of their size: faster, never below the crop's
     log_every: int = 100            # steps between two lines of the log
     save_every: int = 5_000         # steps between two checkpoints
+    keep: int = 1                   # checkpoints kept: the newest, and keep - 1 older ones in OUT/older
     preview_every: int = 5_000      # steps between two preview pictures
+    hang: int = 45                  # seconds without a step on any rank after which a run of several ranks ends; 0: never
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every", "keep"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be at least 1")
 
@@ -208,6 +302,8 @@ def command_line(description, *config_classes):
     shared.add_argument("--overwrite", action="store_true", help="start anew; results of that name are deleted first")
     shared.add_argument("--seed", type=int, default=0)
     shared.add_argument("--device", help="cpu or cuda; default: cuda where present")
+    shared.add_argument("--deterministic", action="store_true", help="on CUDA: sums in a fixed order, so that the same "
+                        "seed gives the same bits; slower (the CPU does it anyway)")
     shared.add_argument("--tensorboard", action="store_true", help="also log for tensorboard (pip install tensorboard)")
     for cls in config_classes:
         group = parser.add_argument_group(f"{cls.__name__}: each overrides a field of the chosen --config")
@@ -237,7 +333,14 @@ def parse(parser, argv=None):
     args.data = args.data or {"toy": "auto", "full": "data/imagenet"}[args.config]
     args.out = Path(args.out or f"out/{args.config}")
     args.device = choose_device(args.device)
+    if getattr(args, "deterministic", False):       # warn_only: what has no such form (README) is named, and the run goes on
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # cuBLAS wants it before its first call
+        torch.use_deterministic_algorithms(True, warn_only=True)
     setup_ranks(args.device)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        # torchrun --max-restarts calls the same command again. It is the same run that goes on; only where --overwrite
+        # had not yet come to remove the old results it still has to
+        args.resume, args.overwrite = True, args.overwrite and not rank_store().check(["began"])
     if int(os.environ.get("RANK", 0)) == 0:
         print(printable(f"config: {args.config} ({why}), results in {args.out}"))
     return args
@@ -269,7 +372,7 @@ def load_checkpoint(path, stage, make="", device="cpu"):
         raise BadInput(f"{path}: {kind}.{again}") from error
     if not isinstance(checkpoint, dict) or not {"model", "config", "step", "stage"} <= checkpoint.keys():
         raise BadInput(f"{path}: a file of torch, but not a checkpoint of this project (model, config, step, stage)")
-    settings = [checkpoint.get(name, {}) for name in ("config", "training", "settings")]
+    settings = [checkpoint.get(name, {}) for name in ("config", "training", "settings", "machine")]
     if not (is_plain([checkpoint["stage"], checkpoint["step"], *settings]) and isinstance(checkpoint["stage"], str)
             and type(checkpoint["step"]) is int and checkpoint["step"] >= 0
             and all(isinstance(each, dict) for each in (*settings, checkpoint.get("ema", {})))):
@@ -298,8 +401,8 @@ def check_archive(path):
 
 
 def is_plain(value, most=2000):
-    """True for dicts, lists and tuples of short texts, numbers and None, `most` of them in all: what can be compared
-    and printed in no time. A pickle of 1 kB can hold a list of lists that is longer than the universe is old."""
+    """True for dicts, lists and tuples of short texts, numbers and None, `most` of them in all, names being texts: what
+    can be compared, sorted and printed in no time. A pickle of 1 kB can hold a list of lists that is longer than the universe is old."""
     todo = [value]
     for _ in range(most):
         if not todo:
@@ -308,7 +411,9 @@ def is_plain(value, most=2000):
         if isinstance(value, (dict, list, tuple, str)) and len(value) > most:
             return False
         if isinstance(value, dict):
-            todo += [*value.keys(), *value.values()]
+            if not all(isinstance(name, str) and len(name) < most for name in value):
+                return False
+            todo += value.values()
         elif isinstance(value, (list, tuple)):
             todo += value
         elif not (value is None or isinstance(value, (str, float)) or isinstance(value, int) and abs(value) < 2 ** 63):
@@ -501,23 +606,169 @@ class Ema:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A run: ranks, device, seed, folder, progress, log
+# Ranks: do they agree, is each still there, and which one says why they end
 
 def setup_ranks(device):
-    """(rank, world) as torchrun set them; starts the process group: nccl on CUDA, gloo on the CPU."""
+    """(rank, world) as torchrun set them; starts the process group (nccl on CUDA, gloo on the CPU) and the watch."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        host_group()
+        # a prefix for each try: after a --max-restarts torch would read the addresses of the ranks that are gone
+        store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", rank_store())
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        Watch.current = Watch(rank, world)
+        host_group()                # all have come this far, so the watch will find a first sign of life of everybody
+        Watch.current.start()
     return rank, world
+
+
+@functools.cache
+def rank_store():
+    """A client of torchrun's key-value store, whose content outlives a --max-restarts. (Where no agent of torchrun's
+    keeps one, rank 0 does.)"""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"]),
+                         is_master=not agent and os.environ["RANK"] == "0", multi_tenant=True)
 
 
 @functools.cache
 def host_group():
     """All ranks, talking through their CPUs and as patient as extracting ImageNet's codes needs (NCCL gives up after
-    ten minutes)."""
+    ten minutes). That nobody waits for a rank that is gone is Watch's business."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
+
+def gather(value, world):
+    """[value of every rank], on every rank."""
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value, group=host_group())
+    return values
+
+
+def agree(facts, world):
+    """Raise BadInput, on all ranks, where one has other facts than rank 0. facts: {what: a short text or number}."""
+    (first_host, first), *others = gather((socket.gethostname(), facts), world)
+    for rank, (host, theirs) in enumerate(others, 1):
+        for what in first | theirs:
+            if first.get(what) != theirs.get(what):
+                raise BadInput(f"rank {rank} on {host} has {what} {theirs.get(what)}, rank 0 on {first_host} has "
+                               f"{first.get(what)}. Give all ranks the same command, and let them see the same files")
+
+
+class Watch(threading.Thread):
+    """A thread of each rank that tells the others, every second, that its process lives, which step it is at and where
+    in the code. It ends the process, and one rank says why, when another rank has been silent for SILENT seconds (it was
+    stopped, or its machine is gone), or when all ranks are in a step and none has finished one for --hang seconds.
+
+    Without it the others would wait for half an hour, and then not know for whom. A rank that was killed is noticed by
+    its broken connections; see `launch`. Seconds are counted in signs of one's own, so that a machine that sleeps, with
+    all that runs on it, gives no alarm.
+    """
+    SILENT = 20
+    current = None          # this process's own, where there are several ranks
+
+    def __init__(self, rank, world):
+        super().__init__(daemon=True)
+        self.rank, self.prefix = rank, f"watch {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self.keys = [f"{self.prefix} {r}" for r in range(world)]
+        self.store = rank_store().clone()       # a connection of its own: one that waits holds up all who share it
+        self.doing, self.step, self.hang = "starting", 0, 0
+        self.signs, self.ended = [], threading.Event()
+        self._tell(0, "its start")
+
+    def _tell(self, second, where):
+        sign = {"second": second, "host": socket.gethostname(), "pid": os.getpid(), "doing": self.doing,
+                "step": self.step, "where": where}
+        self.store.set(self.keys[self.rank], json.dumps(sign))
+
+    def run(self):
+        silent, still, second = [0] * len(self.keys), 0, 0
+        while not self.ended.wait(1):
+            second += 1
+            try:
+                self._tell(second, place())
+                before, self.signs = self.signs, [json.loads(text) for text in self.store.multi_get(self.keys)]
+            except RuntimeError:
+                self._end("torchrun's own process is gone, and the ranks end with it")
+            if not before:
+                continue
+            for rank, (old, new) in enumerate(zip(before, self.signs)):
+                silent[rank] = silent[rank] + 1 if old["second"] == new["second"] and new["doing"] != "ended" else 0
+            in_step = all(new["doing"] == "step" == old["doing"] and new["step"] == old["step"]
+                          for old, new in zip(before, self.signs))
+            still = still + 1 if in_step else 0
+            if max(silent) >= self.SILENT:
+                lost = self.signs[rank := silent.index(max(silent))]
+                line = (f"rank {rank} (process {lost['pid']} on {lost['host']}) has not been heard of for {self.SILENT} s: "
+                        f"stopped, or its machine is gone. It was at {lost['where']}, after step {lost['step']}")
+                self._end(line, kill=lost["pid"] if lost["host"] == socket.gethostname() else None)
+            if self.hang and still >= self.hang:
+                places = {}
+                for rank, sign in enumerate(self.signs):
+                    places.setdefault(sign["where"], []).append(str(rank))
+                where = "; ".join(f"rank{'s' * (len(r) > 1)} {', '.join(r)} at {w}" for w, r in places.items())
+                self._end(f"no step for {still} s after step {self.step}: {where}. Whoever is at another place "
+                          f"than most of them hangs (a disk?). Where steps may take so long: --hang SECONDS")
+
+    def _end(self, line, kill=None):
+        say_cause(f"{Path(sys.argv[0]).name}: {line}. The last checkpoint is whole: go on with --resume")
+        if kill:
+            with suppress(OSError):
+                os.kill(kill, signal.SIGKILL)   # a stopped process would keep torchrun waiting for another 30 s
+        os._exit(1)                             # the main thread waits for a rank that will not come
+
+    def lost_rank(self):
+        """A line about who is gone, for a rank whose connection to it broke."""
+        for _ in range(30):     # 3 s: the parent of a dead process may take a moment to see it
+            for rank, sign in enumerate(self.signs):
+                if sign["host"] == socket.gethostname() and sign["doing"] != "ended" and is_dead(sign["pid"]):
+                    return (f"rank {rank} (process {sign['pid']} on {sign['host']}) is gone without a word, at "
+                            f"{sign['where']}, after step {sign['step']}: killed, perhaps for want of memory. The last "
+                            f"checkpoint is whole: go on with --resume")
+            time.sleep(0.1)
+        return "another rank has ended; if it could say why, its line stands here too. Go on with --resume"
+
+    def stop(self):
+        self.doing = "ended"
+        self.ended.set()
+        with suppress(RuntimeError):
+            self._tell(-1, "its end")
+
+
+def say_cause(line):
+    """Print why this process ends, unless another rank has said already why all of them do."""
+    watch = Watch.current
+    with suppress(RuntimeError):        # no store any more: better said twice than not at all
+        if watch is not None and watch.store.add(f"{watch.prefix} cause", 1) > 1:
+            return
+    bar_open = len(getattr(tqdm, "_instances", ()))     # then the cursor stands at the end of the bar
+    print("\n" * bool(bar_open or watch is not None) + printable(line), file=sys.stderr, flush=True)
+
+
+def place():
+    """Where in the project's code the main thread is: "data.py:572 read"."""
+    frame, here = sys._current_frames().get(threading.main_thread().ident), os.path.dirname(os.path.abspath(__file__))
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith("<") and os.path.dirname(os.path.abspath(file)) == here:
+            return f"{os.path.basename(file)}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "no line of this project"
+
+
+def is_dead(pid):
+    """True if there is no such process on this machine, or nothing is left of it but its exit code (Linux)."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: device, seed, folder, progress, log
 
 def choose_device(asked):
     """--device, else this rank's GPU where CUDA is present, else the CPU."""
@@ -538,8 +789,8 @@ class Run:
         self.args, self.stage, self.config, self.training = args, stage, config, training
         self.settings = {"seed": args.seed, **settings}
         # not "accumulate": it changes which images a step sees
-        self.free = {"steps", "workers", "log_every", "save_every", "preview_every", "bf16", "compile", "recompute",
-                     *free}
+        self.free = {"steps", "workers", "log_every", "save_every", "keep", "preview_every", "hang", "bf16", "compile",
+                     "recompute", *free}
         self.device = choose_device(args.device)
         self.rank, self.world = setup_ranks(self.device)
         self.main = self.rank == 0
@@ -552,17 +803,47 @@ class Run:
                            f"{training.accumulate} pieces (--accumulate)")
         torch.manual_seed(args.seed)      # the same on all ranks while the model is made; see track()
         self.path, self.log_path = args.out / f"{name}.pt", args.out / f"{name}.jsonl"
+        self.older, self.lock = args.out / "older", None
         self.step, self.tracked, self.seconds = 0, {}, 0.0
+        self.machine = what_decides_rounding(self.device, self.world)
+        self._on_main(self._take_folder)
         self.checkpoint = self._existing_results()
+        agree({**dataclasses.asdict(config), **dataclasses.asdict(training), **self.settings,
+               "--out": str(args.out), "--resume": args.resume, "torch": str(torch.__version__),
+               f"in {self.path}": digest(self.path) if self.checkpoint is not None else "nothing"}, self.world)
         if self.checkpoint is not None:
             self.step = self.checkpoint["step"]
+            self._say_what_differs(self.checkpoint.get("machine", {}))
         self.stop_asked = 0.0               # when
-        self.sums, self.bad_step = {}, None
+        self.sums, self.first_bad = {}, {}      # of each logged value: (sum, steps); its first step that is not finite
         self.saved_at = -1
+        self.norms, self.troubles = deque(maxlen=50), set()
         self.board = self._tensorboard() if args.tensorboard and self.main else None
-        if self.main:                     # found out now, not after an hour at the first checkpoint
-            write_atomically(self.path.with_suffix(".probe"), lambda temporary: temporary.write_bytes(b""))
-            self.path.with_suffix(".probe").unlink()
+
+    def _on_main(self, action):
+        """The first rank does it. Where it finds something wrong, all ranks end, and not only the one."""
+        error = None
+        if self.main:
+            try:
+                action()
+            except BadInput as caught:
+                error = str(caught)
+        error = gather(error, self.world)[0]
+        if error is not None:
+            raise BadInput(error)
+
+    def _take_folder(self):
+        """Found out now, not after an hour at the first checkpoint: can be written, and nobody else writes there."""
+        probe = self.path.with_suffix(".probe")
+        write_atomically(probe, lambda temporary: temporary.write_bytes(b""))
+        probe.unlink()
+        self.lock = lock(self.path.with_name(f".{self.path.stem}.lock"), f"trains {self.path.name}")
+
+    def _look_after_folder(self):
+        if not self.args.out.exists():      # removed, or its disk is gone: what is in memory is worth keeping
+            self.say(f"{self.args.out}: the folder has vanished, with all that was in it. It is made anew, and the run goes "
+                     f"on there")
+            self._take_folder()
 
     def _existing_results(self):
         """The checkpoint to go on from, or None."""
@@ -571,8 +852,8 @@ class Run:
         checkpoint = load_checkpoint(self.path, self.stage)
         self._check_settings(checkpoint)
         if checkpoint["step"] >= self.training.steps:
-            if self.main:
-                print(f"{self.path}: complete ({checkpoint['step']} steps); --overwrite starts anew")
+            self.say(f"{self.path}: complete ({checkpoint['step']} steps); --overwrite starts anew")
+            release(self.lock)
             raise SystemExit(0)
         if not self.args.resume:
             raise BadInput(f"{self.path}: holds an unfinished run, step {checkpoint['step']} of {self.training.steps}. "
@@ -580,13 +861,25 @@ class Run:
         return checkpoint
 
     def _check_settings(self, checkpoint):
+        theirs_settings = checkpoint.get("settings", {})
         for mine, theirs in ((dataclasses.asdict(self.config), checkpoint["config"]),
                              (dataclasses.asdict(self.training), checkpoint.get("training", {})),
-                             (self.settings, checkpoint.get("settings", {}))):
-            for key in mine.keys() | theirs.keys():
-                if key not in self.free and mine.get(key) != theirs.get(key):
-                    raise BadInput(f"{self.path}: was made with {key}={theirs.get(key)}, not {mine.get(key)}. "
-                                   f"Choose another --out, or start anew with --overwrite")
+                             # what a checkpoint of an earlier version does not say cannot be compared
+                             ({k: v for k, v in self.settings.items() if k in theirs_settings}, theirs_settings)):
+            for key in sorted(mine.keys() | theirs.keys()):
+                if key in self.free or mine.get(key) == theirs.get(key):
+                    continue
+                if key in ("learning_rate", "end_learning_rate") and hasattr(self.args, key):
+                    self.say(f"{self.path}: was made with {key}={theirs.get(key)}, and goes on with {mine[key]}, as asked")
+                    continue
+                raise BadInput(f"{self.path}: was made with {key}={theirs.get(key)}, not {mine.get(key)}. "
+                               f"Choose another --out, or start anew with --overwrite")
+
+    def _say_what_differs(self, before):
+        changed = [f"{what} {before.get(what)} -> {now}" for what, now in self.machine.items() if before.get(what) != now]
+        if before and changed:
+            self.say(f"{self.path}: goes on elsewhere than it began ({'; '.join(changed)}), so not bit-equal to a run that "
+                     f"stayed")
 
     def _tensorboard(self):
         try:
@@ -605,6 +898,7 @@ class Run:
         """
         first = not self.tracked
         self.tracked.update(parts)
+        self.settled = self.step + 2    # before that a step may compile, tune and allocate, and is no measure for Watch
         if not first:
             return
         torch.manual_seed(self.args.seed + 1000 * self.rank)    # from here on each rank draws its own masks and dropout
@@ -617,6 +911,8 @@ class Run:
                 else:
                     torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)    # not the masks of step 0 again
                     self.say("another number of ranks than before: the random state starts anew")
+                self.sums = {name: (total, int(count)) for name, (total, count)
+                             in self.checkpoint.get("unlogged", {}).items() if isinstance(float(total), float)}
             except BadInput:
                 raise
             except Exception as error:      # whatever stands in the file in place of what save() wrote
@@ -663,20 +959,22 @@ class Run:
                               enabled=self.training.bf16 and self.device.type == "cuda")
 
     def steps(self):
-        """Yield the steps still to do; save every so often, at the end, and on Ctrl-C."""
-        if self.main:
-            if self.args.overwrite:         # only now, when nothing can stop the new run any more
-                self.log_path.unlink(missing_ok=True)
-                self.path.unlink(missing_ok=True)
-            self._cut_log()
-        signals = (signal.SIGINT, signal.SIGTERM)
+        """Yield the steps still to do; save every so often, at the end, and on Ctrl-C, SIGTERM or a closed terminal."""
+        self._on_main(self._begin)
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]         # nohup's, for a closed terminal
         before = [signal.signal(s, self._ask_to_stop) for s in signals]
         self.bar = tqdm(total=self.training.steps, initial=self.step, desc=self.path.stem, unit="step",
-                        disable=not self.main, mininterval=1.0, dynamic_ncols=True)
-        self.started = self.logged_time = time.perf_counter()
+                        disable=None if self.main else True, mininterval=1.0, dynamic_ncols=True)     # None: no terminal
+        self.started = self.logged_time = now = time.perf_counter()
+        self.logged_step, shortest = self.step, math.inf
         try:
             while self.step < self.training.steps:
+                self._tell("step" if self.step >= self.settled else "starting")
                 yield self.step
+                shortest = min(shortest, time.perf_counter() - now)
+                if Watch.current is not None:       # a step that is slow by nature does not hang
+                    Watch.current.hang = self.training.hang and max(self.training.hang, 10 * shortest)
                 self.step += 1
                 self.bar.update()
                 if self.step % self.training.log_every == 0 or self.step == self.training.steps:
@@ -687,45 +985,110 @@ class Run:
                                       f"go on with --resume")
                 if self.step % self.training.save_every == 0 or self.step == self.training.steps:
                     self.save()
+                now = time.perf_counter()
         finally:
+            self._tell("ending")
+            release(self.lock)
             self.bar.close()
             if self.board:
                 self.board.close()
             for s, handler in zip(signals, before):
                 signal.signal(s, handler)
 
+    def _begin(self):
+        needed, free = self._checkpoint_bytes(), free_space(self.args.out)
+        if needed > free:
+            raise BadInput(f"{self.args.out}: a checkpoint takes {size(needed)}, and {size(free)} are free there. Free some "
+                           f"space, or choose another folder with --out")
+        if self.args.overwrite:         # only now, when nothing can stop the new run any more
+            self.log_path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
+            for old in self._older():
+                old.unlink()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            rank_store().set("began", "")
+        self._cut_log()
+        keep = self.training.keep
+        self.say(f"{self.args.out}: takes {size((keep + 1) * needed)} ({keep} checkpoint{'s' * (keep > 1)} of "
+                 f"{size(needed)} and the one being written); {size(free)} are free")
+
+    def _checkpoint_bytes(self):
+        """What a checkpoint takes: the tensors, and two averages for each number that AdamW trains."""
+        tensors = [t for part in self.tracked.values() for t in tensors_in(part.state_dict())]
+        trained = [p for part in self.tracked.values() if isinstance(part, torch.optim.Optimizer) and not part.state
+                   for group in part.param_groups for p in group["params"]]
+        return sum(t.nbytes for t in tensors) + 2 * sum(p.nbytes for p in trained)
+
+    def _tell(self, doing):
+        if Watch.current is not None:
+            Watch.current.doing, Watch.current.step = doing, self.step
+
     def log(self, step, **values):
         """Remember this step's values (tensors stay on the device: nothing waits for the GPU until a line is due)."""
         # grad_norm too: the loss is from before this step's update, so weights that a bad gradient broke would be saved
         # before a loss shows it
-        watched = sum(torch.as_tensor(values[k]).detach().float() for k in ("loss", "grad_norm") if k in values)
-        bad = torch.where(torch.isfinite(watched), math.inf, float(step))
-        self.bad_step = bad if self.bad_step is None else torch.minimum(self.bad_step, bad)
         for name, value in values.items():
-            value = value.detach() if torch.is_tensor(value) else value
-            self.sums.setdefault(name, []).append(value)
+            value = value.detach().double() if torch.is_tensor(value) else float(value)
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
+            bad = torch.where(torch.isfinite(torch.as_tensor(value)), math.inf, float(step))
+            known = self.first_bad.get(name)
+            self.first_bad[name] = bad if known is None else torch.minimum(known, bad)
 
     def preview(self, step):
         """True on rank 0 when a preview picture is due."""
         due = (step + 1) % self.training.preview_every == 0 or step + 1 == self.training.steps
+        if self.main and due:
+            self._tell("preview")
         return self.main and due
 
     def say(self, line):
         if self.main:
             tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def save(self):
         """Write the checkpoint to a temporary name and rename it; all ranks call it. Raises BadInput instead where a
-        loss was not finite."""
+        loss was not finite, on all ranks."""
         self._stop_if_not_finite()
         states = gather(random_state(), self.world)
-        if not self.main or self.saved_at == self.step:
+        if self.saved_at == self.step:
             return
+        self._tell("saving")
         checkpoint = {"stage": self.stage, "step": self.step, "config": dataclasses.asdict(self.config),
                       "training": dataclasses.asdict(self.training), "settings": self.settings, "random": states,
+                      "machine": self.machine, "unlogged": self.sums,       # so that the next line of the log is the same
                       **{name: part.state_dict() for name, part in self.tracked.items()}}
-        write_atomically(self.path, lambda temporary: torch.save(checkpoint, temporary))
+        self._on_main(lambda: self._write(checkpoint))
         self.saved_at = self.step
+
+    def _write(self, checkpoint):
+        for name in self.tracked:       # the last update may have broken weights whose loss nobody has seen yet
+            if not all(t.isfinite().all() for t in tensors_in(checkpoint[name]) if t.is_floating_point()):
+                raise BadInput(f"{name} is not finite after step {self.step}; {self._what_is_kept()}. Try a smaller "
+                               f"--learning_rate" + " or --no-bf16" * self.training.bf16)
+        self._look_after_folder()
+        needs = sum(t.nbytes for t in tensors_in(checkpoint))
+        write_atomically(self.path, lambda temporary: torch.save(checkpoint, temporary), needs)
+        if self.training.keep > 1:
+            self._keep_a_copy(f"{self.path.stem}_step{self.step}.pt")
+            for old in self._older()[:-self.training.keep]:
+                old.unlink()
+
+    def _keep_a_copy(self, name):
+        """A second name in OUT/older for the newest checkpoint, which takes no space until the next one replaces it."""
+        def copy(temporary):
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(self.path, temporary)
+            except OSError:             # a disk without hard links
+                shutil.copyfile(self.path, temporary)
+        write_atomically(self.older / name, copy)
+
+    def _older(self):
+        found = {int(m[1]): path for path in self.older.glob("*.pt")
+                 if (m := re.fullmatch(re.escape(self.path.stem) + r"_step(\d+)\.pt", path.name))}
+        return [found[step] for step in sorted(found)]
 
     # -- what it does for itself --------------------------------------------------------------------------------------
 
@@ -745,13 +1108,49 @@ class Run:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=host_group())
         return bool(asked)
 
+    def _what_is_kept(self):
+        return f"{self.path} keeps the last good checkpoint" if self.path.exists() else "nothing was saved yet"
+
     def _stop_if_not_finite(self):
-        if self.world > 1 and self.bad_step is not None:        # all ranks leave together
-            dist.all_reduce(self.bad_step, op=dist.ReduceOp.MIN)
-        if self.bad_step is not None and math.isfinite(self.bad_step):
-            kept = f"{self.path} keeps the last good checkpoint" if self.path.exists() else "nothing was saved yet"
-            raise BadInput(f"the loss or its gradient is not finite at step {int(self.bad_step) + 1}; {kept}. "
-                           f"Try a smaller --learning_rate, or --no-bf16")
+        """All ranks leave together, if the loss or the gradient of one was not finite."""
+        if not self.first_bad:
+            return
+        bad = torch.stack([b.to(self.device, torch.float64) for b in self.first_bad.values()])      # [names], steps
+        if self.world > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MIN)
+        steps = dict(zip(self.first_bad, bad.tolist()))
+        watched = min(steps.get("loss", math.inf), steps.get("grad_norm", math.inf))
+        if math.isfinite(watched):
+            first = [name for name, step in steps.items() if step <= watched and name != "grad_norm"]
+            norms = f", whose norm was about {self.norms[-1]:.2g}" if self.norms else ""
+            what = f"{', '.join(first)} is" if first else f"the gradient{norms}, is"
+            raise BadInput(f"not finite at step {int(watched) + 1}: {what} the first; {self._what_is_kept()}. Go on from it "
+                           f"with --resume and a smaller --learning_rate" + " or --no-bf16" * self.training.bf16)
+
+    def _look_for_trouble(self, means):
+        """Say it once when the gradient's norm explodes or the codebook collapses, and put the last checkpoint aside,
+        since the next one may hold what is broken. The run goes on: clipping may catch the one, revival the other."""
+        norm, usual = means.get("grad_norm"), statistics.median(self.norms) if len(self.norms) >= 5 else math.inf
+        codes, perplexity = getattr(self.config, "codebook_size", 0), means.get("perplexity", math.inf)
+        found = {}
+        if norm is not None and norm > 100 * usual:
+            found["gradient"] = (f"the gradient's norm explodes: {norm:.3g}, where {usual:.3g} was usual. Likely the "
+                                 f"learning rate is too high, or a batch is broken; try a smaller --learning_rate")
+        # perplexity: how many codes would be in use if all were used alike
+        if self.step > self.training.warmup and len(self.norms) >= 5 and perplexity < codes / 10:
+            found["codebook"] = (f"the codebook collapses: perplexity {perplexity:.3g} with {codes} codes. Likely the "
+                                 f"learning rate is too high, or dead codes are not revived (--revive_below)")
+        for name, line in found.items():
+            if name not in self.troubles:
+                kept = ""
+                if self.path.exists():
+                    copy = f"{self.path.stem}_before_{name}.pt"
+                    self._keep_a_copy(copy)
+                    kept = f". The last checkpoint is put aside as {self.older / copy}: to go back, copy it to {self.path}"
+                self.say(f"step {self.step}: {line}{kept}")
+        self.troubles = set(found)
+        if norm is not None:
+            self.norms.append(norm)
 
     def _write_log(self):
         if not self.sums:
@@ -761,15 +1160,18 @@ class Run:
         if not self.main:       # the log holds the first rank's share of the batch
             return
         now = time.perf_counter()
-        means = {k: float(torch.as_tensor(v, dtype=torch.float32).mean() if not torch.is_tensor(v[0])
-                          else torch.stack(v).float().mean()) for k, v in sums.items()}
-        steps = max(len(v) for v in sums.values())
-        line = {"step": self.step, **means, "images_per_s": steps * self.training.batch_size / (now - self.logged_time),
-                "seconds": self.seconds + now - self.started}
-        self.logged_time = now
+        means = {name: float(total) / count for name, (total, count) in sums.items()}
+        self._look_for_trouble(means)
+        rate = (self.step - self.logged_step) * self.training.batch_size / (now - self.logged_time)
+        line = {"step": self.step, **means, "images_per_s": rate, "seconds": self.seconds + now - self.started}
+        self.logged_time, self.logged_step = now, self.step
+        self._look_after_folder()
         with open(self.log_path, "a") as file:
             file.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
-        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {line['images_per_s']:.0f} images/s")
+        text = f"loss {means['loss']:.3f}, {line['images_per_s']:.0f} images/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:        # a file: a bar would fill it
+            self.say(f"step {self.step} of {self.training.steps}: {text}")
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, self.step)
 
@@ -777,6 +1179,7 @@ class Run:
         """Drop lines beyond the checkpoint (they come again) or cut short by a kill; go on counting seconds."""
         kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self.norms.extend(line["grad_norm"] for line in kept if "grad_norm" in line)
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if self.log_path.exists() and self.log_path.read_text() != text:
             write_atomically(self.log_path, lambda temporary: temporary.write_text(text))
@@ -796,18 +1199,36 @@ def read_log(path):
     return lines
 
 
-def gather(value, world):
-    """[value of every rank], on every rank."""
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value, group=host_group())
-    return values
-
-
 def random_state():
     """This process's random state, of the CPU and of the current CUDA device. Nothing here draws from NumPy's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def tensors_in(state):
+    """All tensors of a nested dict or list."""
+    if torch.is_tensor(state):
+        return [state]
+    inside = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for part in inside for tensor in tensors_in(part)]
+
+
+def what_decides_rounding(device, world):
+    """What must stay for a resumed run to be bit-equal, beside the settings."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {"torch": str(torch.__version__), "device": name, "ranks": world, "threads": torch.get_num_threads()}
+
+
+def processor():
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", cpu)
+    return name[1] if name else platform.processor() or platform.machine()
+
+
+def digest(path):
+    """8 hex digits of what is in a checkpoint: of the checksums that its archive keeps, so nothing is read but those."""
+    with zipfile.ZipFile(path) as archive:
+        return hashlib.sha256(repr([(i.filename, i.CRC) for i in archive.infolist()]).encode()).hexdigest()[:8]
 
 
 def restore_random_state(state):

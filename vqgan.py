@@ -547,7 +547,7 @@ def train(args):
     config = trainer.override(PRESETS[args.config], args)
     training = trainer.override(TRAINING[args.config], args)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=training.draft)
-    run = trainer.Run(args, "vqgan", "vqgan", config, training, data=train_set.kind)
+    run = trainer.Run(args, "vqgan", "vqgan", config, training, data=train_set.kind, images=train_set.content)
     preview_set = data.open_dataset(args.data, "val", config.image_size)
     originals = next(data.all_images(preview_set, 16))[0].to(run.device)
 
