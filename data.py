@@ -18,8 +18,10 @@ import functools
 import gzip
 import hashlib
 import http.client
+import io
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -39,14 +41,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
-from trainer import ArgumentParser, BadInput, gather, host_group, launch, write_atomically
+from trainer import (
+    ArgumentParser,
+    BadInput,
+    first_line,
+    gather,
+    host_group,
+    launch,
+    open_file,
+    printable,
+    write_atomically,
+)
 
 
 @functools.cache
 def say(line):
     """Print a line once, however often a dataset is opened, and from the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 class Images:
@@ -115,7 +127,7 @@ class Fashion(Images):
         part = {"train": "train", "val": "t10k"}[split]
         self.pixels = read_idx(folder, f"{part}-images-idx3-ubyte", 3)                        # uint8 [n, 28, 28]
         self.labels = read_idx(folder, f"{part}-labels-idx1-ubyte", 1).astype(np.int64)       # [n]
-        if len(self.pixels) != len(self.labels) or not len(self.labels) or self.labels.max() > 9:
+        if len(self.pixels) != len(self.labels) or self.pixels.shape[1:] != (28, 28) or self.labels.max() > 9:
             raise BadInput(f"{folder}: {len(self.pixels)} images, {len(self.labels)} labels of {split} do not belong "
                            f"together. Delete the folder and run python data.py")
         self.fingerprint = hash_of("fashion", split, image_size, self.pixels.tobytes(), self.labels.tobytes())
@@ -135,16 +147,24 @@ class Fashion(Images):
         return images.repeat(3, axis=1)                                                       # [B, 3, H, W]
 
 
+LARGEST_IDX = 2 ** 27       # bytes; the largest of the four files has 47 million
+
+
 def read_idx(folder, name, dimensions):
-    """An idx file, .gz or not: two zero bytes, 8 for uint8, number of dimensions, each as big-endian int32, values."""
+    """An idx file, .gz or not: two zero bytes, 8 for uint8, number of dimensions, each as big-endian int32, values.
+    What the header says is checked before the values are read: 1 MB of gzip can be 1 GB of zeros."""
     path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-        if content[:4] != bytes([0, 0, 8, dimensions]):
-            raise ValueError("not an idx file")
-        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+        with open_file(path) as file:
+            content = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+            header = content.read(4 + 4 * dimensions)
+            shape = [int(n) for n in np.frombuffer(header[4:], ">i4")]
+            if header[:4] != bytes([0, 0, 8, dimensions]) or len(shape) != dimensions:
+                raise ValueError("not an idx file")
+            if min(shape) < 1 or math.prod(shape) > LARGEST_IDX:
+                raise ValueError(f"{shape} values")
+            values = content.read(math.prod(shape) + 1)         # one more than there should be
+        return np.frombuffer(values, np.uint8).reshape(shape).copy()
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise BadInput(f"{path}: cannot be read ({error}). Delete it and run python data.py") from error
 
@@ -192,6 +212,8 @@ def fetch_fashion(folder=None, url=FASHION_URL, timeout=4):
                 with tqdm(desc=path.name, total=length or None, unit="B", unit_scale=True, disable=None) as bar:
                     pieces = []
                     while piece := answer.read(1 << 16):
+                        if 65536 * len(pieces) > LARGEST_IDX:
+                            raise ValueError("too large")
                         pieces.append(piece)
                         bar.update(len(piece))
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -207,7 +229,8 @@ def fetch_fashion(folder=None, url=FASHION_URL, timeout=4):
 def checksum_fault(compressed, sha256):
     """None, or what is wrong with the bytes of a .gz file."""
     try:
-        return None if hashlib.sha256(gzip.decompress(compressed)).hexdigest() == sha256 else "wrong checksum"
+        content = gzip.GzipFile(fileobj=io.BytesIO(compressed)).read(LARGEST_IDX)
+        return None if hashlib.sha256(content).hexdigest() == sha256 else "wrong checksum"
     except EOFError:
         return "truncated"
     except (OSError, zlib.error):
@@ -341,7 +364,7 @@ class Folder(Images):
     of such files (and more than one) end the run."""
 
     def __init__(self, folder, split, image_size, augment, draft):
-        self.name = self.where = str(folder)
+        self.name = self.where = printable(folder)
         self.split, self.image_size, self.augment, self.draft, self.unreadable = split, image_size, augment, draft, {}
         folder = Path(folder)
         if not os.access(folder, os.R_OK | os.X_OK):
@@ -394,8 +417,8 @@ class Folder(Images):
         self.unreadable[index] = reason
         if get_worker_info() is None:
             count = len(self.unreadable)
-            print(f"{self.root / self.files[index]}: skipped, cannot be read ({reason}); "
-                  f"{count} of {len(self):,} so far", flush=True)
+            print(printable(f"{self.root / self.files[index]}: skipped, cannot be read ({reason}); "
+                            f"{count} of {len(self):,} so far"), flush=True)
             if count > max(1, UNREADABLE * len(self)):
                 raise BadInput(f"{self.root}: {count} of {len(self):,} files cannot be read, more than "
                                f"{UNREADABLE:.0%}. Mend or remove {self.files[index]} and the ones named above")
@@ -415,16 +438,21 @@ def list_images(folder):
     folder, start = folder.resolve(), time.time_ns()
     kept = LISTS / f"{hash_of(str(folder), ENDINGS)}.json"
     try:
-        known = json.loads(kept.read_text())
+        known = read_json(kept)
         if all(os.stat(name).st_mtime_ns == changed for name, changed in known["folders"].items()):
             found = [tuple(file) for file in known["files"]]
-            say(f"{folder}: {len(found):,} images, list from {kept}")
-            return sorted({name for name, *_ in found}), found
+            if known["checksum"] == hash_of(known["folders"], found):
+                say(f"{folder}: {len(found):,} images, list from {kept}")
+                return sorted({name for name, *_ in found}), found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):      # no list, a damaged one, a folder that left
         pass
     found, loose, folders = [], [], {str(folder): os.stat(folder).st_mtime_ns}
     for top in os.scandir(folder):
-        for root, inner, names in os.walk(top.path) if top.is_dir() else [(str(folder), [], [top.name])]:
+        is_folder = os.path.isdir(top.path)             # top.is_dir() raises where links go round
+        if top.is_symlink() and folder.is_relative_to(os.path.realpath(top.path)):
+            say(f"{top.path}: a link to a folder that it lies in; left out")    # all images once more, as one class
+            continue
+        for root, inner, names in os.walk(top.path) if is_folder else [(str(folder), [], [top.name])]:
             if root not in folders:
                 folders[root] = os.stat(root).st_mtime_ns
             inner[:] = [name for name in inner if not name.startswith(".")]             # thumbnails and the like
@@ -436,7 +464,7 @@ def list_images(folder):
                         stat = os.stat(file)
                     except OSError:                     # a broken link: named when read
                         stat = os.lstat(file)
-                    (found if top.is_dir() else loose).append(
+                    (found if is_folder else loose).append(
                         (top.name, name if inside == "." else f"{inside}/{name}", stat.st_size, stat.st_mtime_ns))
             if time.time_ns() - start > 5e9:
                 say(f"{folder}: listing its images, which can take minutes the first time")
@@ -444,7 +472,7 @@ def list_images(folder):
         say(f"{folder}: {len(loose):,} images that lie beside the class folders are left out")
     found = sorted(found or [("images", *rest) for _, *rest in loose])
     if len(found) > LARGE and max(folders.values()) < start - 2e9:      # not while files still come: it could miss one
-        text = json.dumps({"folders": folders, "files": found})
+        text = json.dumps({"folders": folders, "files": found, "checksum": hash_of(folders, found)})
         try:
             write_atomically(kept, lambda temporary: temporary.write_text(text))
         except BadInput:        # a disk that cannot be written: the next start takes as long as this one
@@ -459,27 +487,75 @@ def split_by_hash(files, split):
     return rest if split == "train" else sorted(held_out)
 
 
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def read_json(path):
+    """What a .json file holds. Raises OSError or ValueError, and nothing else."""
+    try:
+        with open_file(path) as file:
+            return json.load(file)
+    except RecursionError as error:
+        raise ValueError("brackets within brackets") from error
+
+
+# What Pillow may decode. Not among them: EPS, which it hands to the program Ghostscript, and a PostScript file is a
+# program; IPTC, which can hold an EPS; BUFR, GRIB, HDF5, WMF, MIC, FPX, which it hands to whatever other packages have
+# registered; MPEG, of which it shows nothing. In Pillow's order, the usual ones first.
+KINDS = ("BMP", "DIB", "GIF", "JPEG", "PPM", "PNG", "AVIF", "BLP", "CUR", "PCX", "DCX", "DDS", "FITS", "FLI", "FTEX",
+         "GBR", "JPEG2000", "ICNS", "ICO", "IM", "IMT", "TIFF", "MCIDAS", "MSP", "PCD", "PIXAR", "PSD", "QOI", "SGI",
+         "SPIDER", "SUN", "TGA", "WEBP", "XBM", "XPM", "XVTHUMB")
+ROWS = 256              # that are converted at once
+
+
+@functools.cache
+def kinds():
+    Image.init()
+    return tuple(kind for kind in KINDS if kind in Image.OPEN)          # AVIF and others need not be built in
 
 
 def decode(path, image_size, draft=False):
-    """Any file that Pillow opens -> an RGB image as the photographer saw it. Raises many kinds of exceptions.
+    """Any picture that Pillow decodes by itself -> an RGB image as the photographer saw it. Raises many kinds of
+    exceptions.
 
     draft: a JPEG much larger than image_size is decoded at 1/2, 1/4 or 1/8 of its size, at least twice image_size.
     That is faster, but the pixels are not quite those of a full decode: scores must not depend on it.
+
+    Memory: 8 bytes a pixel at the peak, 16 for WebP, 25 for JPEG 2000, so at Pillow's limit of 90 megapixels 0.7 GB,
+    1.4 GB, 2.2 GB (measured); what claims to be larger is not decoded. Time: some seconds at the most.
     """
-    with open(path, "rb") as file, warnings.catch_warnings():
+    with open_file(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")                         # of odd metadata; a file that cannot be read raises
         warnings.simplefilter("error", Image.DecompressionBombWarning)      # 90 megapixels
         try:
-            image = Image.open(file)
+            image = Image.open(file, formats=kinds())
         except UnidentifiedImageError:
             raise OSError("not an image") from None             # Pillow's own words name the open file
+        check_time(image, file)
         if draft:
             image.draft(None, (2 * image_size, 2 * image_size))
         image.load()                                            # animated: the first frame
         image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, ROWS):                    # by and by: what comes between takes 32 bytes a pixel
+        rgb.paste(to_rgb(image.crop((0, top, image.width, min(top + ROWS, image.height)))), (0, top))
+    return rgb
+
+
+def check_time(image, file):
+    """Raise OSError for a picture that would take minutes, however small its file is."""
+    pixels = image.width * image.height
+    if pixels > 2 ** 24 and any(tile[0] in Image.DECODERS for tile in image.tile):      # 1 microsecond a pixel
+        raise OSError(f"{pixels} pixels of a kind that Pillow decodes in Python, a minute and more. Convert it to PNG")
+    if image.format in ("JPEG", "MPO"):     # a scan takes 0.3 nanoseconds a pixel, and 100 bytes; about 10 are usual
+        place = file.tell()
+        file.seek(0)
+        scans = sum(piece.count(b"\xff\xda") for piece in iter(lambda: file.read(2 ** 20), b""))
+        file.seek(place)
+        if scans * pixels > 2 ** 35:
+            raise OSError(f"a JPEG of {scans} scans, which would take minutes")
+
+
+def to_rgb(image):
     if image.mode.startswith("I"):                              # 16 bits a pixel, which Pillow would clip to 8
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     elif image.mode == "F":                                     # floats, by convention in 0 .. 1
@@ -647,10 +723,10 @@ def token_cache(tokenizer, dataset, path, fingerprint, views=1, image_size=None,
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     made_of = {"tokenizer": fingerprint, "data": dataset.fingerprint, "views": views, "codebook": codebook}
     folder = path.with_name(f"{path.stem}.parts-{hash_of(made_of)[:8]}")
-    if gather(rank == 0 and is_whole(path, made_of, n, folder), world)[0]:
+    dtype = np.uint16 if codebook <= 65536 else np.uint32
+    if gather(rank == 0 and is_whole(path, made_of, n, dtype, folder), world)[0]:
         return np.load(path, mmap_mode="r"), dataset.labels
 
-    dtype = np.uint16 if codebook <= 65536 else np.uint32
     parts = {folder / f"{i // BLOCK:06}.npy": np.arange(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)}
     todo = {part: np.split(parts[part], range(batch_size, len(parts[part]), batch_size))
             for part in list(parts)[rank::world] if not is_part(part, (views, len(parts[part])), dtype)}
@@ -669,11 +745,11 @@ def token_cache(tokenizer, dataset, path, fingerprint, views=1, image_size=None,
         codes = np.concatenate(codes, axis=1)                                                # [views, rows, L]
         if codes.min() < 0 or codes.max() >= codebook:
             raise ValueError(f"codes {codes.min()} .. {codes.max()} with a codebook of {codebook}")
-        write_atomically(part, functools.partial(write_array, array=codes.astype(dtype)))
+        write_atomically(part, functools.partial(write_part, codes=codes.astype(dtype)))
     bar.close()
     gather(None, world)                 # all parts are there
     if rank == 0:
-        write_atomically(path, functools.partial(join_parts, parts=list(parts), n=n))
+        write_atomically(path, functools.partial(join_parts, parts=parts, n=n))
         codes = np.load(path, mmap_mode="r")
         state = json.dumps({**made_of, "shape": codes.shape, "checksum": checksum_rows(codes)}, indent=1)
         write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(state))
@@ -682,27 +758,50 @@ def token_cache(tokenizer, dataset, path, fingerprint, views=1, image_size=None,
     return np.load(path, mmap_mode="r"), dataset.labels
 
 
-def write_array(path, array):
-    with open(path, "wb") as file:      # given a name, np.save would add .npy to it
-        np.save(file, array)
+def write_part(path, codes):
+    """codes [views, rows, L] as np.save writes them, and their CRC-32: a damaged part would become codes."""
+    content = io.BytesIO()
+    np.save(content, codes)
+    path.write_bytes(content.getvalue() + zlib.crc32(content.getvalue()).to_bytes(4, "big"))
+
+
+def read_part(path):
+    """codes [views, rows, L]. Raises many kinds of exceptions."""
+    with open_file(path) as file:
+        content = file.read()
+    if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "big"):
+        raise ValueError("wrong checksum")
+    content = io.BytesIO(content[:-4])
+    if np.lib.format.read_magic(content) != (1, 0):
+        raise ValueError("not an array of codes")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+    return np.frombuffer(content.read(), dtype).reshape(shape)
 
 
 def join_parts(path, parts, n):
     """Files of [views, rows, L] -> one of [views, n, L]: by and by, since the whole may be larger than the memory, and
     written, not mapped: on a full disk that is an error, and not a crash."""
-    views, _, length = (first := np.load(parts[0], mmap_mode="r")).shape
-    header = {"descr": first.dtype.str, "fortran_order": False, "shape": (views, n, length)}
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for view, part in itertools.product(range(views), parts):
-            file.write(np.load(part, mmap_mode="r")[view].tobytes())                         # [rows, L]
+        for part, rows in parts.items():
+            try:
+                codes = read_part(part)
+            except Exception as error:
+                raise BadInput(f"{part}: damaged since it was written. Run again: it is extracted anew") from error
+            views, _, length = codes.shape
+            if not rows[0]:
+                header = {"descr": codes.dtype.str, "fortran_order": False, "shape": (views, n, length)}
+                np.lib.format.write_array_header_1_0(file, header)
+                start = file.tell()
+            for view in range(views):
+                file.seek(start + (view * n + int(rows[0])) * length * codes.itemsize)
+                file.write(codes[view].tobytes())                                            # [rows, L]
 
 
 def is_part(path, shape, dtype):
     try:
-        part = np.load(path, mmap_mode="r")
+        part = read_part(path)
         return part.ndim == 3 and part.shape[:2] == shape and part.dtype == dtype
-    except (OSError, ValueError, EOFError):
+    except Exception:           # noqa: BLE001  an old part, or damage: a header that is no Python, a size
         return False
 
 
@@ -713,21 +812,25 @@ def checksum_rows(codes, checksum=0):
     return checksum
 
 
-def is_whole(path, made_of, n, folder):
+def is_whole(path, made_of, n, dtype, folder):
     """True if the codes at `path` can be used; any others are removed, and so are parts that nobody needs."""
     note, whole, why = path.with_suffix(".json"), False, "damaged or never finished"
     try:
-        state = json.loads(note.read_text())
+        state = read_json(note)
         changed = [name for name, value in made_of.items() if state[name] != value]
         if changed:
             why = f"made of another {changed[0]}"
         else:
+            open_file(path).close()     # not a pipe, for which np.load would wait
             codes = np.load(path, mmap_mode="r")
-            whole = codes.shape[:2] == (made_of["views"], n) and checksum_rows(codes) == state["checksum"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError, IndexError):
+            whole = (codes.ndim == 3 and codes.shape[:2] == (made_of["views"], n) and codes.dtype == dtype
+                     and checksum_rows(codes) == state["checksum"] and codes.max() < made_of["codebook"])
+    except FileNotFoundError:
         pass
     except OSError as error:        # a disk that fails for a moment is no reason to throw hours of work away
         raise BadInput(f"{path}: cannot be read ({error.strerror}). Try again, or remove it") from error
+    except Exception:               # noqa: BLE001  damage shows as anything: a header that is no Python, a size
+        pass
     stale = [other for other in path.parent.glob("*.parts-*")
              if other.name.startswith(f"{path.stem}.parts-") and (whole or other != folder)]
     try:
@@ -805,7 +908,7 @@ def main():
     print(f"data         {train.name}{'' if train.photographs else ' (drawn, not photographed)'}, {train.where}")
     size, more = args.image_size, ", ..." if len(train.classes) > 12 else ""
     print(f"images       {len(train):,} train, {len(val):,} val, {size}x{size}, border {train.border}")
-    print(f"classes      {len(train.classes)}: {', '.join(train.classes[:12])}{more}")
+    print(printable(f"classes      {len(train.classes)}: {', '.join(train.classes[:12])}{more}"))
     print(f"fingerprint  train {train.fingerprint}, val {val.fingerprint}")
     if args.note:
         write_atomically(args.note, lambda temporary: temporary.write_text(train.name))

@@ -54,8 +54,10 @@ from hnt import freeze_reused
 from tokenizer import MODELS, PRESETS, TRAINING, MoCET, Stage1, build, load_tokenizer
 from tokenizer import macs as tokenizer_macs
 from trainer import BadInput
-from vqgan import VQGAN, ConvNeXtSmall, Discriminator, load_vqgan, read_weights
+from vqgan import VQGAN, ConvNeXtSmall, Discriminator, VQGANConfig, load_vqgan, read_weights
 
+LARGEST_D = 4096            # features of a statistics file; Inception has 2,048
+LARGEST_PICTURE = 2 ** 24   # pixels of a picture in an .npz
 BATCH = 100         # images at once where nothing is trained: larger ones fall out of a CPU's caches
 bar = functools.partial(tqdm, leave=False, disable=None)       # shown on a terminal only, and gone when done
 
@@ -427,22 +429,26 @@ def npz_names(path):
     """Names of the arrays in an .npz: arr_0 is a batch of pictures, mu and sigma are statistics; ADM's reference files
     hold both. Raises BadInput."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with trainer.open_file(path) as file, zipfile.ZipFile(file) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError) as error:
-        raise BadInput(f"{path}: not an .npz archive, or cut short ({error})") from error
+    except Exception as error:      # zipfile raises many kinds
+        raise BadInput(f"{path}: not an .npz archive, or cut short ({trainer.first_line(error)})") from error
 
 
 @contextlib.contextmanager
 def open_npz(path, name):
     """One array of an .npz, without loading or unpickling anything: (read, shape, dtype), where read(shape) gives the
-    next values. NumPy's own reader loads arrays whole, and 50,000 pictures of 256 x 256 are 9.8 GB. Raises BadInput."""
+    next values. NumPy's own reader loads arrays whole, and 50,000 pictures of 256 x 256 are 9.8 GB; and it makes room for
+    what the header says, which whoever calls this must look at before it reads. Raises BadInput."""
     if name not in npz_names(path):
         raise BadInput(f"{path}: holds no array {name}, only {', '.join(sorted(npz_names(path))) or 'nothing'}")
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran_order, dtype = header[np.lib.format.read_magic(stream)](stream)
+        with (trainer.open_file(path) as file, zipfile.ZipFile(file) as archive,
+              archive.open(f"{name}.npy") as stream):
+            if np.lib.format.read_magic(stream) != (1, 0):      # 2.0 is for headers of more than 64 kB
+                raise ValueError("not an array of numbers")
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+            left = math.prod(shape)
             if dtype.hasobject:
                 raise BadInput(f"{path}: {name} holds pickled Python objects, which could run any code and are not "
                                f"read. Save a plain array")
@@ -450,7 +456,11 @@ def open_npz(path, name):
                 raise BadInput(f"{path}: {name} is stored last axis first. Save np.ascontiguousarray of it")
 
             def read(shape):
+                nonlocal left
+                left -= math.prod(shape)
                 values = np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+                if not left and stream.read(1):     # the archive's checksum is compared at the end, so go there
+                    raise ValueError("longer than its header says")
                 if dtype.kind == "f" and not np.isfinite(values).all():
                     raise BadInput(f"{path}: {name} holds NaN or infinite values")
                 return values
@@ -469,21 +479,25 @@ def read_statistics(path, names=("mu", "sigma")):
     for name in names:
         with open_npz(path, name) as (read, shape, dtype):
             rank = 1 + len(values)                          # [D], then [D, D] with the same D
-            if dtype.kind != "f" or len(shape) != rank or len({*shape, *map(len, values)}) != 1 or shape[0] == 0:
-                raise BadInput(f"{path}: {name} is {dtype} {list(shape)}; statistics are floats, [D] and [D, D]")
+            if (dtype.kind != "f" or len(shape) != rank or len({*shape, *map(len, values)}) != 1
+                    or not 0 < shape[0] <= LARGEST_D):
+                raise BadInput(f"{path}: {name} is {dtype} {list(shape)[:8]}; statistics are floats, [D] and [D, D], D "
+                               f"up to {LARGEST_D}")
             values.append(read(shape).astype(np.float64))
     return tuple(values)
 
 
 def read_images(path, rounding="round"):
-    """The pictures of an .npz in ADM's format, arr_0 [n, H, W, 3]: yields uint8 [BATCH, 3, H, W], the last one shorter.
+    """The pictures of an .npz in ADM's format, arr_0 [n, H, W, 3]: yields uint8 [BATCH, 3, H, W], the last one shorter,
+    all shorter where a batch would be more than 200 MB.
 
     Floats in [0, 1] become bytes by to_uint8(..., rounding). One batch is in memory at a time. Raises BadInput at once
     for what the header shows, and while reading for values outside [0, 1], NaN and damage.
     """
     with open_npz(path, "arr_0") as (_, shape, dtype):
-        if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise BadInput(f"{path}: arr_0 is {list(shape)}; a batch of pictures is [n, H, W, 3]")
+        if len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or shape[1] * shape[2] > LARGEST_PICTURE:
+            raise BadInput(f"{path}: arr_0 is {list(shape)[:8]}; a batch of pictures is [n, H, W, 3], of at most "
+                           f"{LARGEST_PICTURE:,} pixels each")
         if dtype != np.uint8 and dtype.kind != "f":
             raise BadInput(f"{path}: arr_0 is {dtype}; pictures are uint8, or floats in [0, 1]")
         if shape[0] == 1:
@@ -491,8 +505,9 @@ def read_images(path, rounding="round"):
 
     def batches():
         with open_npz(path, "arr_0") as (read, _, _):
-            for start in range(0, shape[0], BATCH):
-                values = read((min(BATCH, shape[0] - start), *shape[1:])).transpose(0, 3, 1, 2)     # [B, 3, H, W]
+            count = min(BATCH, max(1, 200_000_000 // (math.prod(shape[1:]) * dtype.itemsize)))
+            for start in range(0, shape[0], count):
+                values = read((min(count, shape[0] - start), *shape[1:])).transpose(0, 3, 1, 2)     # [B, 3, H, W]
                 if dtype == np.uint8:
                     yield torch.from_numpy(values.copy())
                     continue
@@ -578,7 +593,7 @@ def folder_pictures(path, size=None):
     jpegs = sum(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
     resized = f", middle square resized to {size} (bicubic)" if size else ""
     return Pictures(f"{len(files):,} images of {path}{resized}", len(files), data.hash_of("folder", size, listed), read,
-                    frozenset(f.resolve() for f in files),
+                    frozenset(Path(os.path.realpath(f)) for f in files),        # resolve() raises where links go round
                     (f"{jpegs:,} of {path} are JPEGs, whose compression is scored with them",) if jpegs else ())
 
 
@@ -682,10 +697,9 @@ def features_of(pictures, inception, folder, device):
             trainer.write_atomically(path, lambda temporary: save_npz(temporary, arrays))
     trainer.gather(None, world)         # all shards are there
     loaded = {"pool": [], "logits": [], "spatial": []}
-    for path, *_ in shards:
-        with np.load(path) as shard:        # closed again: a thousand open files are the usual limit
-            for name, parts in loaded.items():
-                parts.append(shard[name])
+    for path, start, stop in shards:
+        for name, values in read_shard(path, start, stop).items():
+            loaded[name].append(values)
     return {name: np.concatenate(parts) for name, parts in loaded.items()}
 
 
@@ -694,10 +708,21 @@ def save_npz(path, arrays):
         np.savez(file, **arrays)
 
 
+def read_shard(path, start, stop):
+    """The features of pictures start .. stop. Raises BadInput where that is not what the file holds."""
+    found = {}
+    for name, width in (("pool", 2048), ("logits", 1008), ("spatial", 2023)):
+        with open_npz(path, name) as (read, shape, dtype):
+            if shape != (stop - start, width) or dtype != np.float32:
+                raise BadInput(f"{path}: {name} is {dtype} {list(shape)[:8]}. Remove it and run again")
+            found[name] = read(shape)
+    return found
+
+
 def is_shard(path, start, stop):
     try:
-        return np.load(path)["pool"].shape[0] == stop - start
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return bool(read_shard(path, start, stop))
+    except BadInput:
         return False
 
 
@@ -791,7 +816,8 @@ def fid(args):
     scores, protocol = compare_pictures(real, fake, inception, args.out, args.device)
     protocol += [f"{name}: {value}" for name, value in more.items()]
     if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join([f"{name:<42} {value:.4f}" for name, value in scores.items()] + protocol))
+        lines = [f"{name:<42} {value:.4f}" for name, value in scores.items()] + protocol
+        print("\n".join(map(trainer.printable, lines)))        # they have names of folders and files in them
         if args.json:
             text = json.dumps({"scores": scores, "protocol": protocol}, indent=1) + "\n"
             trainer.write_atomically(args.json, lambda temporary: temporary.write_text(text))
@@ -859,7 +885,7 @@ def fd_classifier(train_set, test_set, path, device="cpu", steps=900, batch_size
         model = FDClassifier(len(train_set.classes)).to(device, memory_format=torch.channels_last)
     if path.exists():
         checkpoint = trainer.load_checkpoint(path, "fd_classifier", make=f"rm {path}; python evaluate.py scores")
-        if checkpoint["config"]["made_of"] == made_of:
+        if checkpoint["config"].get("made_of") == made_of and isinstance(checkpoint.get("test_accuracy"), float):
             trainer.load_weights(model, checkpoint["model"], path)
             return model.eval().requires_grad_(False), checkpoint["test_accuracy"]
     batches = data.batches(train_set, batch_size, seed=2718)
@@ -1207,9 +1233,10 @@ class Notebook:
 
     def __init__(self, path, made_of):
         self.path, self.made_of, self.seconds = path, made_of, 0.0          # seconds: of all that was asked for
-        try:
-            self.kept = json.loads(path.read_text())
-        except (OSError, ValueError):       # none yet, or damaged: measure
+        try:        # each entry has its own checksum: one damaged digit would be another score
+            self.kept = {name: entry for name, entry in data.read_json(path).items()
+                         if isinstance(entry, dict) and entry.pop("checksum", None) == data.hash_of(entry)}
+        except (OSError, ValueError, AttributeError, RecursionError):       # none yet, or damaged: measure
             self.kept = {}
 
     def __call__(self, name, files, measure, *pictures):
@@ -1220,8 +1247,10 @@ class Notebook:
             started = time.perf_counter()
             value = measure()
             entry = {"made_of": made_of, "value": value, "seconds": time.perf_counter() - started}
-            self.kept[name] = entry
-            trainer.write_atomically(self.path, lambda temporary: temporary.write_text(json.dumps(self.kept, indent=1)))
+            self.kept[name] = json.loads(json.dumps(entry))     # as it will be read: tuples become lists
+            text = json.dumps({name: entry | {"checksum": data.hash_of(entry)} for name, entry in self.kept.items()},
+                              indent=1)
+            trainer.write_atomically(self.path, lambda temporary: temporary.write_text(text))
         self.seconds += entry["seconds"]
         return entry["value"]
 
@@ -2196,7 +2225,7 @@ def paper(args):
     """make paper, make table1 ...: what is asked for, from what is trained."""
     path = args.out / "vqgan.pt"
     checkpoint = trainer.load_checkpoint(path, "vqgan", make=f"make {args.what} CONFIG={args.config}")
-    bench = Bench(args, checkpoint["config"]["image_size"])
+    bench = Bench(args, trainer.read_config(VQGANConfig, checkpoint["config"], path).image_size)
     it = Paper(args, bench, made_of_all(args, bench))
     if not it.folders:
         raise BadInput(f"{args.out}: holds no folder seed0. Train first: make {args.what} CONFIG={args.config}")
@@ -2257,7 +2286,7 @@ def main():
     if "vqgan" in missing or (args.what == "report" and missing):
         raise BadInput(f"{files[missing[0]]}: not found. Train it first: {commands[missing[0]]}")
     checkpoint = trainer.load_checkpoint(files["vqgan"], "vqgan", make=commands["vqgan"])
-    bench = Bench(args, checkpoint["config"]["image_size"])
+    bench = Bench(args, trainer.read_config(VQGANConfig, checkpoint["config"], files["vqgan"]).image_size)
     notebook = Notebook(args.out / "measured.json", made_of_all(args, bench))
     if args.what == "report":
         return report(args, bench, notebook, files, name, checkpoint.get("settings", {}).get("seed"))

@@ -33,7 +33,7 @@ import data
 import trainer
 from tokenizer import default_tokenizer, load_tokenizer
 from trainer import BadInput, TrainConfig
-from vqgan import load_vqgan, read_weights
+from vqgan import load_vqgan, name_of, read_weights
 
 GUIDANCE = ("constant", "linear", "power-cosine")
 SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps")     # may change after training
@@ -427,7 +427,9 @@ LOSSES = {"ar": ar_loss, "maskgit": maskgit_loss}
 def stage_of(path):
     """What a checkpoint says it is; None if it says nothing, and then whoever opens it next says what is wrong."""
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["stage"]
+        with trainer.open_file(path):       # a pipe: whoever opens it waits
+            stage = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["stage"]
+        return stage if isinstance(stage, str) else None
     except Exception:                                                                  # torch raises many kinds here
         return None
 
@@ -438,10 +440,16 @@ def load_generator(path, device="cpu"):
     stage = stage_of(path) or Path(path).name.split("_")[0]     # a file that says nothing: its name, for the advice
     mode = stage if stage in GENERATORS else "ar"
     checkpoint = trainer.load_checkpoint(path, mode, make=f"python generator.py --mode {mode}", device=device)
-    model = GENERATORS[mode](GeneratorConfig(**checkpoint["config"]))
-    trainer.load_weights(model, checkpoint["ema"]["model"], path)
-    model.about = checkpoint["about"]
-    return model.to(device).eval()
+    model = trainer.load_model(GENERATORS[mode], GeneratorConfig, checkpoint, path)
+    model.about = checkpoint.get("about")
+    texts = {"tokenizer", "fingerprint", "data"}
+    if not (isinstance(model.about, dict) and model.about.keys() == texts | {"classes"}
+            and all(isinstance(model.about[name], str) for name in texts)
+            and isinstance(model.about["classes"], list) and len(model.about["classes"]) == model.config.num_classes
+            and all(isinstance(name, str) for name in model.about["classes"])):
+        raise BadInput(f"{path}: does not say what its codes and classes mean. Train it again: python generator.py "
+                       f"--mode {mode} --overwrite")
+    return model.to(device)
 
 
 def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
@@ -450,15 +458,14 @@ def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
     heads: 12 for B, 16 for L; rope: "2d" for the published ones; tokens: how many `generate` makes, which the weights
     do not say (256: 16 x 16). Raises BadInput if keys or shapes are not LlamaGen's.
     """
-    state = read_weights(path_or_state_dict)
+    state, what = read_weights(path_or_state_dict), name_of(path_or_state_dict, "LlamaGen weights")
     state = state.get("model", state)                                                  # as the published files have it
-    rows, width = shape_of(state, "cls_embedding.embedding_table.weight", "LlamaGen")
+    rows, width = shape_of(state, "cls_embedding.embedding_table.weight", 2, what)
+    codebook_size = shape_of(state, "output.weight", 2, what)[0]
     layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-    config = GeneratorConfig(mode="ar", tokens=tokens, codebook_size=shape_of(state, "output.weight", "LlamaGen")[0],
-                             num_classes=rows - 1, width=width, layers=layers, heads=heads, rope=rope)
-    model = ARGenerator(config)
-    trainer.load_weights(model, state, "LlamaGen weights")
-    return model.eval()
+    return trainer.made_to_fit(lambda: ARGenerator(GeneratorConfig(
+        mode="ar", tokens=tokens, codebook_size=codebook_size, num_classes=rows - 1, width=width, layers=layers,
+        heads=heads, rope=rope)), state, what).eval()
 
 
 def load_titok_maskgit(path_or_state_dict, heads=None):
@@ -467,21 +474,20 @@ def load_titok_maskgit(path_or_state_dict, heads=None):
     heads, which the shapes do not say: 16 as published; 4 for a width below 512. Raises BadInput if keys or shapes are
     not a U-ViT's (the generators of TiTok-L-32 and -B-64 are BERTs and do not fit).
     """
-    state = read_weights(path_or_state_dict)
-    codebook_size = shape_of(state, "lm_head.weight", "TiTok U-ViT")[0]
-    rows, width = shape_of(state, "embeddings.weight", "TiTok U-ViT")
-    tokens = shape_of(state, "pos_embed", "TiTok U-ViT")[1] - 1
+    state, what = read_weights(path_or_state_dict), name_of(path_or_state_dict, "TiTok U-ViT weights")
+    codebook_size = shape_of(state, "lm_head.weight", 2, what)[0]
+    rows, width = shape_of(state, "embeddings.weight", 2, what)
+    tokens = shape_of(state, "pos_embed", 3, what)[1] - 1
     layers = 2 * len({name.split(".")[1] for name in state if name.startswith("in_blocks.")})
-    config = replace(PRESETS["maskgit_full"], tokens=tokens, codebook_size=codebook_size, width=width, layers=layers,
-                     num_classes=rows - codebook_size - 2, heads=heads or (16 if width >= 512 else 4))
-    model = MaskGITGenerator(config)
-    trainer.load_weights(model, state, "TiTok U-ViT weights")
-    return model.eval()
+    return trainer.made_to_fit(lambda: MaskGITGenerator(replace(
+        PRESETS["maskgit_full"], tokens=tokens, codebook_size=codebook_size, width=width, layers=layers,
+        num_classes=rows - codebook_size - 2, heads=heads or (16 if width >= 512 else 4))), state, what).eval()
 
 
-def shape_of(state, name, kind):
-    if name not in state:
-        raise BadInput(f"{kind} weights: no entry {name} among {len(state)}. Is it another model's file?")
+def shape_of(state, name, dimensions, what):
+    if name not in state or state[name].ndim != dimensions:
+        raise BadInput(f"{what}: no entry {name} of {dimensions} dimensions among {len(state)}. Is it another model's "
+                       f"file?")
     return state[name].shape
 
 
@@ -669,7 +675,8 @@ def sample_pictures(args, tokenizer_path, path):
         each = len(labels) // len(wanted)
         rows_of_one_class = each * len(wanted) == len(labels) and each <= 16
         save_grid(images, each if rows_of_one_class else math.ceil(math.sqrt(len(labels))), output)
-    print(f"{output}: {len(labels)} samples of {', '.join(names[i] for i in labels.unique_consecutive()[:12])}")
+    shown = ", ".join(names[i] for i in labels.unique_consecutive()[:12])
+    print(trainer.printable(f"{output}: {len(labels)} samples of {shown}"))
 
 
 def macs(config):

@@ -12,15 +12,20 @@ import gzip
 import hashlib
 import http.server
 import inspect
+import io
 import itertools
 import json
 import math
 import multiprocessing.forkserver
 import os
 import re
+import resource
+import select
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -2795,6 +2800,879 @@ def test_report(alone, tmp_path):
     partial = run(command.replace("report", "scores"), cwd=out)
     assert "AR samples" in partial and "not there yet" in partial
     refused("python evaluate.py repart", "Did you mean report")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile files: seeded mutations of every kind of file that is read, in a process that is watched
+#
+#     MUTATIONS=10000 python -m pytest -q -s test_all.py -k mutated        # 10,000 pictures, 500 files of each other kind
+#     MUTATIONS=10000 FIRST=4711 ...                                       # goes on at the number that failed
+
+MUTATIONS, FIRST = int(os.environ.get("MUTATIONS", 400)), int(os.environ.get("FIRST", 0))
+PATIENCE = 20           # seconds a file
+GB = 2 ** 30
+STARTS_SOMETHING = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn",
+                    "pickle.find_class", "ctypes.dlopen", "socket.connect")
+
+
+def mutated(content, random, others):
+    """One to three changes of the kinds that disks, networks and bad people make."""
+    content = bytearray(content)
+    for _ in range(random.integers(1, 4)):
+        at = int(random.integers(min(len(content), 10 ** random.integers(1, 8)) + 1))   # the header as often as all else
+        length = int(2 ** random.uniform(0, 9))
+        piece, other = content[at:at + length], others[random.integers(len(others))]
+        change = random.integers(8)
+        if change == 0:                                     # flipped bits
+            for i in random.integers(max(1, len(content)), size=random.integers(1, 20)) if content else ():
+                content[i] ^= 1 << random.integers(8)
+        elif change == 1:                                   # cut
+            del content[at:]
+        elif change == 2:                                   # random bytes, in between or instead
+            content[at:at + length * int(random.integers(2))] = random.bytes(length)
+        elif change == 3:                                   # a hole
+            del content[at:at + length]
+        elif change == 4:                                   # repeated
+            content[at:at] = piece * int(random.integers(1, 50))
+        elif change == 5:                                   # the beginning of one, the end of another
+            content[at:] = other[int(random.integers(len(other) + 1)):]
+        else:                                               # a number that says how many, or where
+            numbers = (0, 1, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 65535, 65536, 9000, 2 ** 62, int(random.integers(2 ** 32)))
+            size = int(2 ** random.integers(4))
+            number = numbers[random.integers(len(numbers))] % 256 ** size
+            content[at:at + size] = number.to_bytes(size, ("big", "little")[random.integers(2)])
+    return bytes(content)
+
+
+def watched(read, cases, folder, bound):
+    """read(path) for each case (number, name, bytes, want) in a forked process, so that a crash, a hang and a hunger for
+    memory are seen as such -> [(number, outcome)], the slowest and the largest. A file may take PATIENCE seconds and
+    `bound` bytes. Outcomes: "read"; "refused", by BadInput with one line; all else is a fault."""
+    outcomes, slowest, largest = [], (0.0, None), 0
+    while len(outcomes) < len(cases):
+        receive, send = os.pipe()
+        child = os.fork()
+        if not child:
+            answer(read, cases[len(outcomes):], folder, bound, send)
+            os._exit(0)
+        os.close(send)
+        rest, fault, answered, before = b"", None, time.monotonic(), memory_now("VmRSS", child)
+        while not fault:
+            if select.select([receive], [], [], 0.1)[0]:
+                if not (piece := os.read(receive, 65536)):
+                    break
+                *lines, rest = (rest + piece).split(b"\n")
+                for number, outcome, seconds, memory in map(json.loads, lines):
+                    outcomes.append((number, outcome))
+                    slowest, largest = max(slowest, (seconds, number)), max(largest, memory)
+                answered = time.monotonic()
+            elif time.monotonic() - answered > PATIENCE:
+                fault = f"no answer in {PATIENCE} s"
+            elif memory_now("VmRSS", child) > before + bound:
+                fault = f"takes more than {bound / GB:.1f} GB"
+        os.close(receive)
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if len(outcomes) < len(cases):                      # the process ended, or was ended, in the middle of a file
+            outcomes.append((cases[len(outcomes)][0], fault or f"ended the process: {status}"))
+    return outcomes, slowest, largest
+
+
+def answer(read, cases, folder, bound, send):
+    """The child of `watched`: writes a line of JSON a case."""
+    log, executed = folder / "log", []
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    sys.addaudithook(lambda event, args: event in STARTS_SOMETHING and executed.append(event))
+    for case in cases:
+        Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
+        before, started = memory_now("VmRSS"), time.perf_counter()
+        outcome = outcome_of(read, folder, *case[1:])
+        seconds, memory = time.perf_counter() - started, memory_now("VmHWM") - before
+        if executed:
+            outcome = f"started something: {executed}"
+        elif b"Traceback" in log.read_bytes():
+            outcome = "printed a traceback"
+        elif memory > bound:
+            outcome = f"took {memory / GB:.1f} GB"
+        os.write(send, json.dumps([case[0], outcome, seconds, memory]).encode() + b"\n")
+        executed.clear(), os.truncate(log, 0)
+
+
+def memory_now(what, process="self"):
+    """VmRSS or VmHWM (its peak) of a process, in bytes; 0 once it has ended."""
+    found = re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def outcome_of(read, folder, name, content, want):
+    path = folder / "case" / name
+    shutil.rmtree(folder / "case", ignore_errors=True)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    try:
+        found = read(path)
+    except BadInput as error:
+        line = trainer.printable(error)
+        return "refused" if str(folder / "case") in line else f"does not name the file: {line}"
+    except BaseException as error:  # noqa: BLE001  what is looked for
+        return f"{type(error).__name__}: {error}"[:300]
+    return "read" if want in (None, found) else "silently read as something else"
+
+
+def check_mutations(kind, read, make, count, folder, bound=1 * GB):
+    """count cases of make(random) -> (name, bytes, what reading must give or None), each from its own seed."""
+    cases = [(i, *make(np.random.default_rng([zlib.crc32(kind.encode()), i]))) for i in range(FIRST, FIRST + count)]
+    outcomes, (seconds, number), memory = watched(read, cases, folder, bound)
+    counts = {outcome: sum(o == outcome for _, o in outcomes) for outcome in ("read", "refused")}
+    print(f"\n{kind:<12} {len(cases):>6} files: {counts['read']} read, {counts['refused']} refused; the slowest took "
+          f"{seconds:.2f} s (number {number}), memory up to {memory / GB:.2f} GB", end="")
+    faults = [(number, outcome) for number, outcome in outcomes if outcome not in counts]
+    for number, _ in faults:
+        _, name, content, _ = cases[number - FIRST]
+        if keep := os.environ.get("KEEP"):
+            Path(keep, f"{kind}-{number}-{name}").write_bytes(content)
+    assert not faults, f"{kind}: {len(faults)} faults; FIRST=number MUTATIONS=20 makes one again\n" + "\n".join(map(str, faults[:30]))
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n%%EOF\n"
+IPTC = b"".join(b"\x1c" + tag + len(value).to_bytes(2, "big") + value for tag, value in (      # holds the EPS
+    (b"\3\x3c", b"\1\0"), (b"\3\x14", b"\0\x08"), (b"\3\x1e", b"\0\x06"), (b"\3\x78", b"\5"), (b"\x08\x0a", EPS)))
+
+
+def by_hand():
+    """Small pictures of kinds that Pillow reads and does not write, and two that must not be opened at all."""
+    grey, rgb = picture(2, 6, 8).convert("L").tobytes(), picture(2, 6, 8).tobytes()
+    words = {"SIMPLE": "T", "BITPIX": 8, "NAXIS": 2, "NAXIS1": 8, "NAXIS2": 6}
+    fits = b"".join(f"{key:<8}= {value:>20}".ljust(80).encode() for key, value in words.items()) + b"END".ljust(80)
+    packed = [{**words, "NAXIS": 0}, {"XTENSION": "'BINTABLE'", "BITPIX": 8, "NAXIS": 2, "NAXIS1": 0, "NAXIS2": 0,
+              "ZIMAGE": "T", "ZCMPTYPE": "'GZIP_1  '", "ZBITPIX": 8, "ZNAXIS": 2, "ZNAXIS1": 8, "ZNAXIS2": 6}]
+    packed = b"".join((b"".join(f"{key:<8}= {value:>20}".ljust(80).encode() for key, value in part.items())
+                       + b"END".ljust(80)).ljust(2880) for part in packed)
+    pcx = io.BytesIO()
+    picture(2, 6, 8).save(pcx, format="PCX")
+    bmp = io.BytesIO()
+    picture(2, 6, 8).save(bmp, format="BMP")
+    dib = bytearray(bmp.getvalue()[14:])
+    dib[8:12] = (12).to_bytes(4, "little")                              # twice the height: the mask
+    mcidas = np.zeros(64, ">i4")
+    mcidas[[1, 8, 9, 10, 13, 33]] = 4, 6, 8, 1, 1, 256
+    fli = struct.pack("<IHHHHHHI", 128 + 6 + 10 + 48, 0xAF11, 1, 8, 6, 8, 0, 5).ljust(128, b"\0")
+    fli += struct.pack("<IHHQ", 16 + 6 + 48, 0xF1FA, 1, 0) + struct.pack("<IH", 6 + 48, 16) + grey
+    return {
+        "fits": fits.ljust(2880) + grey, "fits.gz": packed + gzip.compress(np.frombuffer(grey, np.uint8).astype(">i4").tobytes()),
+        "sun": np.array([0x59A66A95, 8, 6, 8, 48, 1, 0, 0], ">i4").tobytes() + grey,
+        "sun.rle": np.array([0x59A66A95, 8, 6, 24, 144, 2, 0, 0], ">i4").tobytes() + rgb.replace(b"\x80", b"\x7f") + b"\x80\x20\x01",
+        "gbr": np.array([28, 2, 8, 6, 1], ">i4").tobytes() + b"GIMP" + bytes(4) + grey,
+        "xv": b"P7 332\n#END_OF_COMMENTS\n8 6 255\n" + grey,
+        "psd": b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 6, 8, 8, 3) + bytes(12) + bytes(2) + rgb,
+        "psd.rle": b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, 6, 8, 8, 1) + bytes(12) + b"\0\1" + b"\0\2" * 6 + b"\xf9\x55" * 6,
+        "fli": fli, "mcidas": mcidas.tobytes() + grey, "imt": b"width 8\nheight 6\npixel n8\n\x0c" + grey,
+        "ftex": b"FTEX" + struct.pack("<iiiiiiii", 0, 8, 6, 1, 1, 1, 32, 144) + rgb,
+        "dxt": b"FTEX" + struct.pack("<iiiiiiii", 0, 8, 8, 1, 1, 0, 32, 32) + bytes(range(32)),
+        "xpm": b'/* XPM */\nstatic char *x[] = {\n"4 2 2 1",\n"a c #FF0000",\n"b c None",\n"abab",\n"baba"\n};\n',
+        "cur": struct.pack("<HHHBBBBHHII", 0, 2, 1, 8, 6, 0, 0, 0, 0, len(dib), 22) + bytes(dib) + bytes(24),
+        "dcx": np.array([0x3ADE68B1, 12, 0], "<u4").tobytes() + pcx.getvalue(),
+        "pixar": b"\200\350\0\0" + bytes(412) + struct.pack("<HHHHHH", 6, 8, 0, 0, 14, 2) + bytes(596) + rgb,
+        "pcd": (bytes(2048) + b"PCD_IPI").ljust(96 * 2048 + 768 * 512 * 3 // 2, b"\0"), "eps": EPS, "iptc": IPTC}
+
+
+@functools.cache
+def pictures_of_all_kinds():
+    """{name: bytes} of every kind that Pillow writes here, in every mode that the kind takes."""
+    Image.init()
+    found, small = by_hand(), picture(3, 20, 24)
+    deep = np.arange(480, dtype=np.uint16).reshape(20, 24) * 100
+    modes = {mode: small.convert(mode) for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "F", "LA", "YCbCr", "I")}
+    modes["I;16"] = Image.fromarray(deep)
+    options = {"TIFF": [{"compression": name} for name in (None, "tiff_lzw", "tiff_deflate", "packbits")],
+               "JPEG": [{}, {"progressive": True}], "BLP": [{}, {"blp_version": "BLP1"}],
+               "WEBP": [{}, {"lossless": True}], "DDS": [{}, {"pixel_format": "DXT1"}, {"pixel_format": "DXT5"}],
+               "TGA": [{}, {"compression": "tga_rle"}], "PNG": [{}, {"exif": turned()}], "ICNS": []}
+    for kind, (mode, image) in itertools.product(sorted(Image.SAVE), modes.items()):
+        for i, how in enumerate(options.get(kind, [{}])):
+            file = io.BytesIO()
+            with contextlib.suppress(Exception):            # this kind does not take this mode
+                image.save(file, format=kind, **how)
+                found[f"{kind}-{mode}-{i}"] = file.getvalue()
+    for mode, compression in (("1", "group4"), ("L", "jpeg"), ("RGB", "jpeg")):
+        found[f"TIFF-{mode}-{compression}"] = bytes_of(modes[mode].save, format="TIFF", compression=compression)
+    for kind in ("GIF", "PNG", "WEBP", "TIFF", "MPO", "AVIF"):          # several pictures in one file
+        file = io.BytesIO()
+        with contextlib.suppress(Exception):
+            small.save(file, format=kind, save_all=True, append_images=[picture(4, 20, 24)])
+            found[f"{kind}-two"] = file.getvalue()
+    file = io.BytesIO()
+    Image.new("RGB", (128, 128)).save(file, format="ICNS")
+    found["ICNS"] = file.getvalue()
+    return found
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+SMALL_VQGAN = VQGANConfig(image_size=8, channels=4, channel_mult=(1, 2), res_blocks=1, code_dim=4, codebook_size=8,
+                          norm_groups=2)
+SMALL_MODELS = {
+    "vqgan": (vqgan.VQGAN, SMALL_VQGAN),
+    "tokenizer": (tokenizer.build, TokenizerConfig(tokens=2, patch_size=4, width=8, encoder_layers=1, decoder_layers=1,
+                                                   heads=2, expert_width=4, expert_heads=1, code_dim=4, codebook_size=8,
+                                                   vqgan=SMALL_VQGAN)),
+    "ar": (generator.ARGenerator, GeneratorConfig(tokens=2, codebook_size=8, num_classes=2, width=16, layers=1, heads=2)),
+    "maskgit": (generator.MaskGITGenerator, GeneratorConfig(mode="maskgit", tokens=2, codebook_size=8, num_classes=2,
+                                                            width=16, layers=2, heads=2))}
+LOADERS = {"vqgan": generator.open_tokenizer, "tokenizer": generator.open_tokenizer, "ar": generator.load_generator,
+           "maskgit": generator.load_generator}
+
+
+def small_checkpoint(stage):
+    """As trainer.Run.save writes it."""
+    torch.manual_seed(0)
+    make, config = SMALL_MODELS[stage]
+    model = make(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    about = {"classes": ["ant", "bee"], "tokenizer": "x.pt", "fingerprint": "0", "data": "1"}
+    return {"stage": stage, "step": 4, "config": asdict(config), "training": asdict(trainer.TrainConfig()),
+            "settings": {"seed": 0}, "random": [trainer.random_state()],
+            "unlogged": {"loss": (torch.tensor(1.0), 2)}, "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "ema": trainer.Ema(model, 0.9).state_dict(),
+            **({"about": about} if stage in ("ar", "maskgit") else {})}
+
+
+def bytes_of(save, *args, **kwargs):
+    file = io.BytesIO()
+    save(*args, file, **kwargs)
+    return file.getvalue()
+
+
+def laughs():
+    """A list of 2^60 lists, in 60."""
+    lists = []
+    for _ in range(60):
+        lists = [lists, lists]
+    return lists
+
+
+NONSENSE = (None, True, -1, 0, 3, 10 ** 9, 2 ** 70, 10 ** 5000, math.nan, "", "\x1b[2J\n", "x" * 10 ** 6, [], {}, (), {1: 2},
+            laughs(), ["a"], torch.zeros(0), torch.zeros(1).expand(10 ** 6, 10 ** 6), torch.zeros(2, 3),
+            torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.int64), torch.eye(3).to_sparse(),
+            torch.zeros(3, device="meta"), torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.quint8))
+
+
+def with_nonsense(tree, random):
+    """One to three values of nested dicts and lists exchanged, left out or added."""
+    tree = copy.deepcopy(tree)
+    for _ in range(random.integers(1, 4)):
+        place = tree
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = keys[random.integers(len(keys))]
+            if isinstance(place[key], (dict, list)) and random.random() < 0.8 and len(place[key]) < 100:
+                place = place[key]
+                continue
+            value = NONSENSE[random.integers(len(NONSENSE))]
+            if random.random() < 0.2:
+                del place[key]
+            elif random.random() < 0.1 and isinstance(place, dict):
+                place[(7, "new", None)[random.integers(3)]] = value
+            elif torch.is_tensor(place[key]) and place[key].numel() < 10 ** 6 and random.random() < 0.5:
+                place[key] = (place[key].long(), place[key][None], place[key].double(), place[key] * math.nan)[random.integers(4)]
+            else:
+                place[key] = value
+            break
+    return tree
+
+
+def repacked(content, random, others):
+    """An archive with one member changed and the checksums right: what nobody but a person makes."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    pickles = [name for name in members if name.endswith(".pkl")]
+    name = pickles[0] if pickles and random.random() < 0.8 else list(members)[random.integers(len(members))]
+    members[name] = mutated(members[name], random, others)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[int(random.random() < 0.2)]) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return packed.getvalue()
+
+
+class Few(data.Images):
+    """Six pictures of 16 x 16."""
+    name, split, fingerprint, in_memory, classes = "few", "train", "few", True, ["a", "b"]
+    labels, unreadable = np.arange(6) % 2, {}
+
+    def get(self, index, rng=None):
+        return np.random.default_rng(index).integers(0, 256, (3, 16, 16), dtype=np.uint8)
+
+
+def few_codes(folder, tokenizer=None):
+    return data.token_cache(tokenizer or Brightness(), Few(), folder / "codes.npy", "one", views=2, batch_size=5)[0]
+
+
+# -- the mutations ----------------------------------------------------------------------------------------------------
+
+needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="watches a forked process in /proc")
+
+
+@needs_linux
+def test_mutated_pictures(tmp_path):
+    seeds = pictures_of_all_kinds()
+    names, contents = list(seeds), list(seeds.values())
+    for name in names:      # else the mutations would only be of files that are refused at once
+        (tmp_path / "seed").write_bytes(seeds[name])
+        if name.split("-")[0] in ("eps", "iptc", "EPS", "PALM", "PDF"):
+            with pytest.raises(OSError, match="not an image"):
+                data.decode(tmp_path / "seed", 32)
+        else:
+            assert data.decode(tmp_path / "seed", 32), name
+
+    def make(random):
+        i = random.integers(len(names))
+        ending = (".jpg", ".png", ".eps", ".tif")[random.integers(4)]
+        return f"x{ending}", mutated(contents[i], random, contents), None
+
+    def read(path):
+        data.read_image(path, 8)
+        with contextlib.suppress(Exception):
+            data.square(data.decode(path, 8, draft=True), 8, None)
+    check_mutations("pictures", read, make, MUTATIONS, tmp_path, bound=3 * GB)
+
+
+@needs_linux
+def test_mutated_checkpoints(tmp_path):
+    trees = {stage: small_checkpoint(stage) for stage in SMALL_MODELS}
+    seeds = {stage: bytes_of(torch.save, tree) for stage, tree in trees.items()}
+
+    def read(path):
+        return trainer.fingerprint(LOADERS[path.stem](path))
+    want = {}
+    for stage, content in seeds.items():
+        (tmp_path / f"{stage}.pt").write_bytes(content)
+        want[stage] = read(tmp_path / f"{stage}.pt")
+
+    def make(random):
+        stage, how = list(seeds)[random.integers(len(seeds))], random.integers(3)
+        if how == 0:
+            return f"{stage}.pt", mutated(seeds[stage], random, list(seeds.values())), want[stage]
+        if how == 1:
+            return f"{stage}.pt", repacked(seeds[stage], random, list(seeds.values())), None
+        return f"{stage}.pt", bytes_of(torch.save, with_nonsense(trees[stage], random)), None
+    check_mutations("checkpoints", read, make, MUTATIONS // 20, tmp_path)
+
+
+@needs_linux
+def test_mutated_checkpoints_resumed(tmp_path):
+    """Whatever a run takes up, it can go on with."""
+    tree, (make, config) = small_checkpoint("vqgan"), SMALL_MODELS["vqgan"]
+    content = bytes_of(torch.save, tree)
+    args = trainer.parse(trainer.command_line(""), ["--config", "toy", "--device", "cpu", "--out", "x", "--resume"])
+
+    def read(path):
+        args.out = path.parent
+        try:
+            run = trainer.Run(args, "vqgan", "x", config, trainer.TrainConfig())
+        except SystemExit as done:
+            return done.code
+        model = make(config)
+        optimizer, ema = torch.optim.AdamW(model.parameters()), trainer.Ema(model, 0.9)
+        run.track(model=model, optimizer=optimizer, ema=ema)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        ema.update(model)
+        return 0
+
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "x.pt").write_bytes(content)
+    assert read(tmp_path / "good" / "x.pt") == 0
+
+    def make_case(random):
+        how = random.integers(4)
+        bad = (mutated(content, random, [content]) if how == 0 else repacked(content, random, [content]) if how == 1
+               else bytes_of(torch.save, with_nonsense(tree, random)))
+        return "x.pt", bad, 0
+    check_mutations("resumed", read, make_case, MUTATIONS // 20, tmp_path)
+
+
+@needs_linux
+def test_mutated_weights(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    states = {"vqgan": small_checkpoint("vqgan")["model"], "llamagen": golden_weights("llamagen_tiny"),
+              "uvit": golden_weights("uvit_tiny")}
+    loaders = {"vqgan": lambda path: trainer.made_to_fit(lambda: vqgan.VQGAN(SMALL_VQGAN), vqgan.read_weights(path), path),
+               "llamagen": lambda path: generator.load_llamagen(path, 4, "1d"), "uvit": generator.load_titok_maskgit}
+    seeds = {f"{name}.{ending}": save(state) for name, state in states.items() for ending, save in (
+        ("safetensors", safetensors.save), ("pth", lambda state: bytes_of(torch.save, state)),
+        ("old.pth", lambda state: bytes_of(torch.save, state, _use_new_zipfile_serialization=False)))}
+
+    def read(path):
+        return trainer.fingerprint(loaders[path.name.split(".")[0]](path))
+    for name, content in seeds.items():
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name)
+
+    def make(random):
+        # of the largest file most is numbers, where a flip is another number: the header and the pickle count more
+        name, how = list(seeds)[random.integers(len(seeds))], random.integers(3)
+        if how == 0 and not name.endswith("safetensors"):
+            return name, bytes_of(torch.save, with_nonsense(states[name.split(".")[0]], random)), None
+        if how == 1 and name.count(".") == 1 and name.endswith("pth"):
+            return name, repacked(seeds[name], random, list(seeds.values())), None
+        return name, mutated(seeds[name], random, list(seeds.values())), None
+    check_mutations("weights", read, make, MUTATIONS // 20, tmp_path)
+
+
+@needs_linux
+def test_mutated_token_caches(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 3)
+    want, tokenizer = few_codes(tmp_path / "good"), Brightness()
+    tokenizer.fails_at = 4          # in the second part
+    with pytest.raises(RuntimeError):
+        few_codes(tmp_path / "parts", tokenizer)
+    seeds = {path.relative_to(root).as_posix(): path.read_bytes() for root in (tmp_path / "good", tmp_path / "parts")
+             for path in root.rglob("*") if path.is_file()}
+    assert sorted(name.split("/")[-1] for name in seeds) == ["000000.npy", "codes.json", "codes.npy"]
+    want = zlib.crc32(np.ascontiguousarray(want))
+
+    def read(path):
+        for name in ("codes.npy", "codes.json"):
+            if path.name.startswith("codes") and not (path.parent / name).exists():
+                (path.parent / name).write_bytes(seeds[name])
+        return zlib.crc32(np.ascontiguousarray(few_codes(path.parent if path.name.startswith("codes") else path.parent.parent)))
+
+    def make(random):
+        name = list(seeds)[random.integers(len(seeds))]
+        return name, mutated(seeds[name], random, list(seeds.values())), want
+    check_mutations("token caches", read, make, MUTATIONS // 20, tmp_path)
+
+
+@needs_linux
+def test_mutated_npz(tmp_path):
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (5, 6, 4, 3), dtype=np.uint8)
+    features = {"pool": 2048, "logits": 1008, "spatial": 2023}
+    mu, sigma = evaluate.feature_statistics(random.random((30, 4)))
+    arrays = {"images": {"arr_0": pixels}, "floats": {"arr_0": pixels / 255}, "statistics": {"mu": mu, "sigma": sigma},
+              "shard": {name: np.zeros((2, width), np.float32) for name, width in features.items()}}
+    seeds = {f"{name}{i}.npz": bytes_of(lambda file, save=save, values=values: save(file, **values))
+             for name, values in arrays.items() for i, save in enumerate((np.savez, np.savez_compressed))}
+
+    def read(path):
+        kind = path.stem[:-1]
+        if kind == "statistics":
+            evaluate.npz_pictures(path)
+            found = evaluate.read_statistics(path)
+        elif kind == "shard":
+            assert evaluate.is_shard(path, 0, 2) in (True, False)
+            found = evaluate.read_shard(path, 0, 2).values()
+        else:
+            found = [batch.numpy() for batch in evaluate.read_images(path)]
+        return [zlib.crc32(np.ascontiguousarray(values)) for values in found]
+    want = {}
+    for name, content in seeds.items():
+        (tmp_path / name).write_bytes(content)
+        want[name] = read(tmp_path / name)
+
+    def make(random):
+        name = list(seeds)[random.integers(len(seeds))]
+        if random.random() < 0.5:
+            return name, repacked(seeds[name], random, list(seeds.values())), None
+        return name, mutated(seeds[name], random, list(seeds.values())), want[name]
+    check_mutations("npz", read, make, MUTATIONS // 20, tmp_path)
+
+
+@needs_linux
+def test_mutated_idx(tmp_path):
+    write_idx(tmp_path / "idx", compress=False)
+    seeds = {}
+    for name in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        seeds[name] = (tmp_path / "idx" / name).read_bytes()
+        seeds[f"{name}.gz"] = gzip.compress(seeds[name], mtime=0)
+
+    def read(path):
+        name = path.name.removesuffix(".gz")
+        return zlib.crc32(data.read_idx(path.parent, name, int(name[-7])))
+    want = {}
+    for name, content in seeds.items():
+        (tmp_path / name).write_bytes(content)
+        want[name] = read(tmp_path / name)
+        (tmp_path / name).unlink()
+
+    def make(random):
+        name = list(seeds)[random.integers(len(seeds))]
+        if name.endswith(".gz") and random.random() < 0.5:
+            return name, mutated(seeds[name], random, list(seeds.values())), want[name]
+        content = mutated(seeds[name.removesuffix(".gz")], random, list(seeds.values()))
+        return name, gzip.compress(content) if name.endswith(".gz") else content, None
+    check_mutations("idx", read, make, MUTATIONS // 20, tmp_path)
+
+
+@needs_linux
+def test_mutated_notes(tmp_path, monkeypatch):
+    """What is kept as JSON: measurements, and lists of images. Nothing else than what was kept may come out."""
+    picture(0, 8, 8).save((tmp_path / "0.png"))
+    (tmp_path / "ant").mkdir()
+    for i in range(3):
+        picture(i, 8, 8).save(tmp_path / "ant" / f"{i}.png")
+    long_ago(tmp_path / "ant")
+    long_ago(tmp_path)
+    monkeypatch.setattr(data, "LARGE", 1)
+    monkeypatch.setattr(data, "LISTS", tmp_path.parent / f"{tmp_path.name}-lists")
+    listed = data.list_images(tmp_path / "ant")
+    evaluate.Notebook(tmp_path / "measured.json", [1, "a"])("x", [], lambda: {"fd": 1.25})
+    seeds = {path.name: path.read_bytes() for path in (tmp_path / "measured.json", *data.LISTS.iterdir())}
+    assert len(seeds) == 2
+
+    def read(path):
+        if path.name == "measured.json":
+            return evaluate.Notebook(path, [1, "a"])("x", [], lambda: {"fd": 1.25}) == {"fd": 1.25}
+        data.LISTS = path.parent
+        return data.list_images(tmp_path / "ant") == listed
+
+    def make(random):
+        name = list(seeds)[random.integers(len(seeds))]
+        return name, mutated(seeds[name], random, list(seeds.values())), True
+    check_mutations("notes", read, make, MUTATIONS // 20, tmp_path)
+
+
+# -- one by one: what failed once -------------------------------------------------------------------------------------
+
+def one_line(error, *words):
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
+
+@needs_linux
+@pytest.mark.parametrize("content", (EPS, IPTC), ids=("eps", "iptc"))
+def test_no_program_is_started_for_a_picture(tmp_path, content):
+    """Pillow hands an EPS to Ghostscript, and an IPTC file can hold one."""
+    def read(path):
+        with contextlib.suppress(BadInput):
+            data.read_image(path, 8)
+    assert watched(read, [(0, "x.jpg", content, None)], tmp_path, GB)[0] == [(0, "read")]
+
+    def careless(path):         # and the harness would see it
+        with Image.open(path) as image, contextlib.suppress(OSError):
+            image.load()
+    (tmp_path / "gs").write_text("#!/bin/sh\n")
+    (tmp_path / "gs").chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        assert "subprocess.Popen" in watched(careless, [(0, "x.jpg", content, None)], tmp_path, GB)[0][0][1]
+
+
+@needs_linux
+def test_the_watch_sees_crashes_hangs_hunger_and_tracebacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 1)
+    bad = {"crash": lambda: os.kill(os.getpid(), signal.SIGSEGV), "hang": lambda: time.sleep(60),
+           "hunger": lambda: np.ones(10 ** 8, np.uint8), "words": lambda: os.write(2, b"Traceback (most recent call"),
+           "error": lambda: 1 // 0, "other": lambda: 5, "good": lambda: 7}
+    cases = [(i, name, b"", 7) for i, name in enumerate(bad)]
+    outcomes = watched(lambda path: bad[path.name](), cases, tmp_path, 2 ** 26)[0]
+    for (_, outcome), words in zip(outcomes, ("ended the process", "no answer in 1 s", "0.1 GB", "traceback",
+                                              "ZeroDivisionError", "something else", "read")):
+        assert words in outcome
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def special_files():
+    return {"pipe": pipe, "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), "folder": Path.mkdir,
+            "device": lambda path: path.symlink_to("/dev/zero"), "loop": lambda path: path.symlink_to(path),
+            "dangling": lambda path: path.symlink_to("nothing")}
+
+
+def test_what_is_no_file_among_pictures(tmp_path):
+    """None of them may make the reader wait, or read for ever: the whole of it under a limit of time."""
+    (tmp_path / "p").mkdir()
+    for i in range(300):
+        picture(i % 4, 8, 8).save(tmp_path / "p" / f"{i}.png")
+    with contextlib.chdir(tmp_path / "p"):              # a socket's name may have 108 bytes
+        for name, make in special_files().items():
+            make(Path(f"{name}.jpg"))
+            with pytest.raises(BadInput) as error:
+                data.read_image(f"{name}.jpg", 8)
+            one_line(error, f"{name}.jpg")
+        with pytest.raises(BadInput, match="cannot be read"):
+            list(evaluate.folder_pictures(".").read(0, 400))
+    dataset = data.open_dataset(str(tmp_path / "p"), "train", 8)
+    with pytest.raises(BadInput, match="3 of 288 files cannot be read"):
+        list(data.all_images(dataset, 16))
+
+
+def test_a_pipe_in_the_place_of_any_other_file(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    for read in (lambda path: trainer.load_checkpoint(path, "vqgan"), vqgan.read_weights, generator.load_generator,
+                 generator.open_tokenizer, evaluate.npz_names, evaluate.read_images, evaluate.read_statistics,
+                 evaluate.npz_pictures, lambda path: data.read_idx(tmp_path, "x", 3)):
+        with pytest.raises(BadInput) as error:
+            read(tmp_path / "x")
+        one_line(error, str(tmp_path / "x"))
+    assert evaluate.is_shard(tmp_path / "x", 0, 2) is False
+    assert evaluate.Notebook(tmp_path / "x", [])("a", [], lambda: 3) == 3
+    for name in ("codes.npy", "codes.json"):
+        few_codes(tmp_path / "cache")
+        (tmp_path / "cache" / name).unlink()
+        os.mkfifo(tmp_path / "cache" / name)
+        with pytest.raises(BadInput, match="not a regular file"):
+            few_codes(tmp_path / "cache")
+        (tmp_path / "cache" / name).unlink()
+
+
+def test_class_folders_that_go_round(tmp_path, folder, capsys):
+    want = data.open_dataset(str(folder), "train", 8)
+    (folder / "train" / "up").symlink_to("..")
+    (folder / "train" / "here").symlink_to(".")
+    (folder / "train" / "self").symlink_to("self")
+    (folder / "train" / "ant" / "down").symlink_to("..")
+    found = data.open_dataset(str(folder), "train", 8)
+    assert found.files == want.files and found.classes == want.classes
+    assert capsys.readouterr().out.count("a link to a folder that it lies in") == 2
+    (tmp_path / "elsewhere").symlink_to(folder / "train" / "ant")        # a link to another place is none of these
+    (folder / "train" / "bug").symlink_to(tmp_path / "elsewhere")
+    (folder / "val" / "bug").mkdir()
+    assert data.open_dataset(str(folder), "train", 8).classes == ["ant", "bee", "bug", "cat"]
+
+
+def test_names_that_are_no_text(tmp_path):
+    """Bytes that are no UTF-8, line ends and terminal escapes in names of files, classes and folders: one line each."""
+    odd = [b"\xff\xfe", b"two\nlines", b"\x1b[2Jclear", "‮turned".encode()]
+    for i, name in enumerate(odd):
+        place = os.path.join(os.fsencode(tmp_path), b"o\xffdd\n", name)
+        os.makedirs(place)
+        for j in range(120):
+            picture(j % 3, 8, 8).save(Path(os.fsdecode(place)) / f"{j}.png")
+    bad = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"o\xffdd\n", odd[0], b"\xff\n\x1b[31m.png")))
+    bad.write_bytes(b"\x1b[31m")
+    for command, code in ((["--data", os.fsencode(bad.parents[1]), "--preview", tmp_path / "a.png", "--bench", "--workers", "0"], 0),
+                          (["--data", os.fsencode(bad)], 2)):
+        done = subprocess.run([sys.executable, data.__file__, *command], capture_output=True, timeout=120,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        output = done.stdout + done.stderr
+        assert done.returncode == code and b"Traceback" not in output and b"\x1b" not in output, output
+        assert b"\\udcff" in output and all(b": " in line or b"  " in line for line in output.splitlines()), output
+    assert b"\\n\\x1b[31m.png: is a file" in output
+    assert trainer.printable("a" * 10 ** 6).startswith("aaa") and len(trainer.printable("a" * 10 ** 6)) < 4000
+
+
+@needs_linux
+@pytest.mark.parametrize("mode", ("RGBA", "I;16", "F", "LA", "CMYK"))
+def test_memory_of_a_picture(tmp_path, mode):
+    """16 megapixels in a small file: 8 bytes a pixel, where float64 and the layers of compositing took up to 32."""
+    image = (Image.fromarray(np.zeros((4000, 4000), np.uint16)) if mode == "I;16" else Image.new(mode, (4000, 4000)))
+    content = bytes_of(image.save, format="TIFF", compression="tiff_deflate")
+    read = functools.partial(data.decode, image_size=8)
+    outcomes, _, memory = watched(lambda path: read(path).size, [(0, "x.tif", content, (4000, 4000))], tmp_path, GB)
+    assert outcomes == [(0, "read")] and 5 < memory / 16e6 < 12
+
+
+def test_strips_make_no_difference(tmp_path, monkeypatch):
+    for name, content in pictures_of_all_kinds().items():
+        (tmp_path / "x").write_bytes(content)
+        try:
+            monkeypatch.setattr(data, "ROWS", 7)
+            strips = data.decode(tmp_path / "x", 8)
+        except OSError:
+            continue
+        monkeypatch.setattr(data, "ROWS", 10 ** 6)
+        assert strips.tobytes() == data.decode(tmp_path / "x", 8).tobytes(), name
+
+
+def test_pictures_that_would_take_minutes(tmp_path):
+    content = bytes_of(Image.new("L", (5000, 5000)).save, format="JPEG", progressive=True)
+    scan = content[content.rfind(b"\xff\xc4", 0, content.rfind(b"\xff\xda")):-2]
+    (tmp_path / "scans.jpg").write_bytes(content[:-2] + scan * 1500 + content[-2:])         # 0.2 MB
+    (tmp_path / "slow.ppm").write_bytes(b"P6\n9000 9000\n100\n")
+    for name, words in (("scans.jpg", "scans, which would take minutes"), ("slow.ppm", "decodes in Python")):
+        with pytest.raises(BadInput, match=words) as error:
+            data.read_image(tmp_path / name, 8)
+        one_line(error, name)
+    (tmp_path / "usual.jpg").write_bytes(content)
+    assert data.read_image(tmp_path / "usual.jpg", 8).shape == (3, 8, 8)
+
+
+@needs_linux
+def test_idx_files_that_lie_about_their_size(tmp_path):
+    head = bytes([0, 0, 8, 3])
+    cases = {"bomb": gzip.compress(head + np.array([2, 28, 28], ">i4").tobytes() + bytes(2 * 10 ** 8)),
+             "negative": head + np.array([-1, 28, 28], ">i4").tobytes(), "zero": head + bytes(12),
+             "huge": head + np.array([2 ** 31 - 1] * 3, ">i4").tobytes(), "short": head + b"\0\0\0"}
+    cases = [(i, name + ".gz" * (name == "bomb"), content, "") for i, (name, content) in enumerate(cases.items())]
+    outcomes, _, memory = watched(lambda path: data.read_idx(path.parent, path.name.removesuffix(".gz"), 3), cases, tmp_path, GB)
+    assert [outcome for _, outcome in outcomes] == ["refused"] * 5 and memory < 5e7
+
+
+@needs_linux
+def test_npz_files_that_lie_about_their_size(tmp_path):
+    def npz(shape, values, name="arr_0", kind="|u1"):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{name}.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": kind, "fortran_order": False, "shape": shape})
+            member.write(bytes(values))
+        return file.getvalue()
+    readers = {"images": lambda path: list(evaluate.read_images(path)), "statistics": evaluate.read_statistics,
+               "features": lambda path: evaluate.read_shard(path, 0, 2)}
+    cases = {"images": [npz((2, 10 ** 6, 10 ** 6, 3), 10 ** 8), npz((3, 4, 4, 3), 10 ** 8), npz((-3, 4, 4, 3), 9),
+                        npz((2 ** 70, 4, 4, 3), 9), npz((2, 20_000, 20_000, 3), 10 ** 8)],
+             "statistics": [npz((10 ** 7,), 8 * 10 ** 7, "mu", "<f8")],
+             "features": [npz((10 ** 6, 2048), 10 ** 8, "pool", "<f4"), npz((2, 2048), 10 ** 8, "pool", "<f4")]}
+    cases = [(f"{kind}{i}", f"{kind}.npz", content, "") for kind, contents in cases.items() for i, content in enumerate(contents)]
+    outcomes, _, memory = watched(lambda path: readers[path.stem](path), cases, tmp_path, GB)
+    assert all(outcome == "refused" for _, outcome in outcomes) and memory < 3e7, outcomes
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
+    path, content = tmp_path / "x.pt", bytearray(bytes_of(torch.save, small_checkpoint("vqgan")))
+    weight = small_checkpoint("vqgan")["ema"]["model"]["encoder.conv_in.weight"].numpy().tobytes()
+    content[content.rindex(weight) + 3] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["ema"]["model"]["encoder.conv_in.weight"],
+                           small_checkpoint("vqgan")["ema"]["model"]["encoder.conv_in.weight"])    # torch does not see it
+    for read in (vqgan.load_vqgan, vqgan.read_weights):
+        with pytest.raises(BadInput, match="damaged") as error:
+            read(path)
+        one_line(error, str(path))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def change(tree, keys, value):
+    for key in keys[:-1]:
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+HOSTILE = [
+    (["stage"], 3), (["stage"], laughs()), (["stage"], "x" * 10 ** 6), (["step"], -1), (["step"], 10 ** 5000), (["step"], True),
+    (["config"], []), (["config"], laughs()), (["config", "tokens"], 10 ** 5000), (["config", "new"], 1),
+    (["config", "tokens"], "2"), (["config", "heads"], 0), (["config", "expert_layers"], 10 ** 12), (["config", "width"], -8),
+    (["config", "tokens"], 10 ** 12), (["config", "width"], 10 ** 12), (["config", "vqgan"], None),
+    (["config", "vqgan", "channel_mult"], [1] * 1500), (["config", "vqgan", "channel_mult"], 2),
+    (["config", "vqgan", "image_size"], 2 ** 40), (["config", "vqgan", "codebook_size"], math.nan), (["model"], None),
+    (["model", "new"], 1), (["ema"], 1), (["ema"], {}), (["ema", "model"], [1]), (["ema", "model", 7], torch.zeros(1)),
+    (["ema", "model", "decoder.class_token"], torch.zeros(1).expand(1, 1, 8)),
+    (["ema", "model", "decoder.class_token"], torch.zeros(1, 1, 8, dtype=torch.complex64)),
+    (["ema", "model", "decoder.class_token"], torch.zeros(1, 1, 8, dtype=torch.int64)),
+    (["ema", "model", "decoder.class_token"], torch.eye(8).to_sparse()),
+    (["ema", "model", "decoder.class_token"], torch.zeros(1, 1, 8, device="meta")),
+    (["ema", "model", "\x1b[2J\n"], torch.zeros(1)), (["settings"], 1), (["settings"], laughs()), (["training"], None)]
+
+
+def test_a_checkpoint_with_nonsense_in_it_is_one_line(tmp_path):
+    for i, (keys, value) in enumerate(HOSTILE):
+        checkpoint = small_checkpoint("tokenizer")
+        change(checkpoint, keys, value)
+        torch.save(checkpoint, tmp_path / f"{i}.pt")
+        with pytest.raises(BadInput) as error:
+            tokenizer.load_tokenizer(tmp_path / f"{i}.pt")
+        assert len(str(error.value)) < 4000, keys
+        one_line(error, str(tmp_path / f"{i}.pt"))
+
+
+@pytest.mark.parametrize("about", (None, [], {}, {"classes": "ab", "tokenizer": "", "fingerprint": "", "data": ""},
+                                   {"classes": ["a", 1], "tokenizer": "", "fingerprint": "", "data": ""}))
+def test_a_generator_that_does_not_say_what_its_codes_mean(tmp_path, about):
+    torch.save({**small_checkpoint("ar"), "about": about}, tmp_path / "x.pt")
+    with pytest.raises(BadInput, match="does not say what its codes and classes mean"):
+        generator.load_generator(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_that_would_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, new in (("new.pt", True), ("old.pt", False)):
+        torch.save({**small_checkpoint("vqgan"), "about": Evil()}, name, _use_new_zipfile_serialization=new)
+    for name, read in itertools.product(("new.pt", "old.pt"), (vqgan.load_vqgan, vqgan.read_weights, generator.open_tokenizer)):
+        with pytest.raises(BadInput):
+            read(Path(name))
+    assert not Path("executed").exists()
+
+
+def test_a_compressed_checkpoint_is_a_bomb(tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, content in (("x/data.pkl", b"\x80\x02}."), ("x/version", b"3\n"), ("x/data/0", bytes(10 ** 7))):
+            archive.writestr(member, content)
+    (tmp_path / "x.pt").write_bytes(packed.getvalue())
+    for read in (vqgan.load_vqgan, vqgan.read_weights):
+        with pytest.raises(BadInput, match="damaged"):
+            read(tmp_path / "x.pt")
+
+
+WRONG_PARTS = [
+    (["optimizer"], None), (["optimizer", "param_groups"], []), (["optimizer", "param_groups", 0, "lr"], "fast"),
+    (["optimizer", "state", 0, "exp_avg"], torch.zeros(1)), (["optimizer", "state", 0, "step"], None), (["ema"], {}),
+    (["ema", "model"], {}), (["ema", "updates"], None), (["unlogged"], None), (["unlogged"], {"loss": 3}), (["unlogged"], {"loss": ("a", 1)}), (["machine"], 3),
+    (["settings"], {7: 1, "seed": 0}), (["random"], None), (["random"], [{"cpu": torch.zeros(3)}]), (["model"], {})]
+
+
+def test_a_run_is_not_resumed_from_nonsense(tmp_path):
+    make, config = SMALL_MODELS["vqgan"]
+    resumed = trainer.parse(trainer.command_line(""), ["--config", "toy", "--device", "cpu", "--out", str(tmp_path), "--resume"])
+
+    def track(keys, value):
+        checkpoint = small_checkpoint("vqgan")
+        change(checkpoint, keys, value)
+        torch.save(checkpoint, tmp_path / "x.pt")
+        run, model = trainer.Run(resumed, "vqgan", "x", config, trainer.TrainConfig()), make(config)
+        run.track(model=model, optimizer=torch.optim.AdamW(model.parameters()), ema=trainer.Ema(model, 0.9))
+    track(["settings"], {"seed": 0})
+    track(["random"], [])                       # as of another number of ranks
+    for keys, value in WRONG_PARTS:
+        with pytest.raises(BadInput, match="x.pt") as error:
+            track(keys, value)
+            pytest.fail(f"{keys} = {value}: taken")
+        one_line(error)
+
+
+def test_a_titok_file_of_odd_shapes_is_one_line():
+    keys = asset_keys("titok_s_keys.json")
+    for name, shape in (("latent_tokens", (3,)), ("latent_tokens", (0, 0)), ("latent_tokens", (128, 10 ** 9)),
+                        ("encoder.patch_embed.weight", (512, 3, 16, 0)), ("quantize.embedding.weight", (4096,)),
+                        ("encoder.positional_embedding", ()), ("latent_token_positional_embedding", (2, 2)),
+                        ("encoder.latent_token_positional_embedding", (7, 5))):
+        state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+        state[name] = torch.empty(shape, device="meta")
+        with pytest.raises(BadInput) as error:
+            tokenizer.load_titok(state, image_size=64)
+        one_line(error, "TiTok weights")
+
+
+def test_a_damaged_part_is_extracted_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 3)
+    want = np.array(few_codes(tmp_path / "good"))
+    failing, mending = Brightness(), Brightness()
+    failing.fails_at = 4
+    with pytest.raises(RuntimeError):
+        few_codes(tmp_path / "x", failing)
+    part, = (tmp_path / "x").glob("*/000000.npy")
+    content = bytearray(part.read_bytes())
+    content[-9] ^= 1                            # one bit of a code
+    part.write_bytes(content)
+    assert np.array_equal(few_codes(tmp_path / "x", mending), want) and mending.calls == 4
+
+    class Saboteur(Brightness):                 # damages the first part after it was looked at, before all are joined
+        def encode(self, images):
+            for part in (tmp_path / "y").glob("*/*.npy"):
+                part.write_bytes(bytes(content))
+            return super().encode(images)
+    with pytest.raises(BadInput, match="damaged since it was written"):
+        few_codes(tmp_path / "y", Saboteur())
+    mending = Brightness()
+    assert np.array_equal(few_codes(tmp_path / "y", mending), want) and mending.calls == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -420,10 +420,9 @@ def load_tokenizer(path, device="cpu"):
     Raises BadInput if the file is missing, cut short, or not a tokenizer's.
     """
     checkpoint = trainer.load_checkpoint(path, "tokenizer", make="python tokenizer.py", device=device)
-    model = build(TokenizerConfig(**checkpoint["config"]))
-    trainer.load_weights(model, checkpoint["ema"]["model"], path)
+    model = trainer.load_model(build, TokenizerConfig, checkpoint, path)
     model.fine_tuned = "losses" in checkpoint.get("settings", {})           # True: after stage 2
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device).requires_grad_(False)
 
 
 def default_tokenizer(out, tokens, model="nativetok"):
@@ -659,36 +658,43 @@ def load_titok(path_or_state_dict, image_size=256):
     transposed, as [D, L], so that each latent mixes many tokens. Their weights mean nothing without it (`legacy`).
     Raises BadInput if keys or shapes are not theirs; TiTok's later models (vq8k, vae) are others.
     """
-    state, what = vqgan.read_weights(path_or_state_dict), "TiTok weights"
-    for name in ("latent_tokens", "encoder.patch_embed.weight", "encoder.positional_embedding", "decoder.ffn.0.weight",
-                 "quantize.embedding.weight", "pixel_quantize.embedding.weight"):
-        if name not in state:
-            raise BadInput(f"{what}: no entry {name} among {len(state)}. Is it TiTok-L-32, -B-64 or -S-128? The later "
-                           f"ones, vq8k and vae, are not supported")
+    state, what = vqgan.read_weights(path_or_state_dict), vqgan.name_of(path_or_state_dict, "TiTok weights")
+    for name, dimensions in {"latent_tokens": 2, "encoder.patch_embed.weight": 4, "encoder.positional_embedding": 2,
+                             "decoder.ffn.0.weight": 4, "quantize.embedding.weight": 2,
+                             "pixel_quantize.embedding.weight": 2}.items():
+        if name not in state or state[name].ndim != dimensions:
+            raise BadInput(f"{what}: no entry {name} of {dimensions} dimensions among {len(state)}. Is it TiTok-L-32, "
+                           f"-B-64 or -S-128? The later ones, vq8k and vae, are not supported")
     (tokens, width), patch_size = state["latent_tokens"].shape, state["encoder.patch_embed.weight"].shape[-1]
     patches = len(state["encoder.positional_embedding"]) - 1
-    if patches != (image_size // patch_size) ** 2:
+    if not patch_size or patches != (image_size // patch_size) ** 2:
         raise BadInput(f"{what}: for {patches} patches of {patch_size} pixels, not for --image_size {image_size}")
     encoder, decoder = (len({name.split(".")[2] for name in state if name.startswith(f"{part}.transformer.")})
                         for part in ("encoder", "decoder"))
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
-    config = TokenizerConfig(model="titok", tokens=tokens, patch_size=patch_size, width=width, heads=width // 64,
-                             encoder_layers=encoder, decoder_layers=decoder, code_dim=code_dim,
-                             codebook_size=codebook_size, vqgan=VQGANConfig(image_size=image_size))
-    model = TiTok(config)
-    model.legacy = True
+
+    def make():
+        return TiTok(TokenizerConfig(model="titok", tokens=tokens, patch_size=patch_size, width=width, heads=width // 64,
+                                     encoder_layers=encoder, decoder_layers=decoder, code_dim=code_dim,
+                                     codebook_size=codebook_size, vqgan=VQGANConfig(image_size=image_size)))
+
+    model = trainer.sketch(make, len(state), what)
     ours = {}
     for name, value in state.items():
         for theirs, mine in TITOK_NAMES:
             name = name.replace(theirs, mine)
         ours[name] = value
     # two tables that are only ever added up, and numbers that they store in other shapes
-    ours["latent_tokens"] = (ours["latent_tokens"] + ours.pop("encoder.latent_positions", 0))[None]     # [1, L, D]
+    added = ours.pop("encoder.latent_positions", torch.zeros(1))
+    if added.shape not in ((1,), ours["latent_tokens"].shape):
+        raise BadInput(f"{what}: {list(added.shape)} positions of latents that are {list(ours['latent_tokens'].shape)}")
+    ours["latent_tokens"] = (ours["latent_tokens"] + added)[None]           # [1, L, D]
     for name, value in model.state_dict().items():
         if name in ours and [n for n in ours[name].shape if n > 1] == [n for n in value.shape if n > 1]:
             ours[name] = ours[name].reshape(value.shape)            # 1x1 convolutions, and a leading 1
-    ours.setdefault("quantizer.usage", model.quantizer.usage)       # ours alone: the public files do not count use
-    trainer.load_weights(model, ours, path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else what)
+    ours.setdefault("quantizer.usage", torch.ones(codebook_size))   # ours alone: the public files do not count use
+    model = trainer.made_to_fit(make, ours, what)
+    model.legacy = True
     return model.eval().requires_grad_(False)
 
 
@@ -786,8 +792,8 @@ def reconstruct(args):
     target = args.out / "reconstruct.png"
     data.save_picture(data.picture_grid(both, 2, scale=max(1, 128 // model.config.image_size)), target)
     for name, row in zip(args.reconstruct, codes.tolist()):
-        print(f"{name}: {' '.join(map(str, row))}")
-    print(f"{target}: original beside reconstruction, by {path}")
+        print(f"{trainer.printable(name)}: {' '.join(map(str, row))}")
+    print(trainer.printable(f"{target}: original beside reconstruction, by {path}"))
 
 
 def main():

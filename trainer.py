@@ -33,11 +33,12 @@ import inspect
 import json
 import math
 import os
-import re
 import platform
+import re
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import sys
 import threading
@@ -52,6 +53,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -80,6 +82,8 @@ def launch(main):
     """Run a script's main(): bad input ends in one line and exit code 2, Ctrl-C in one line and exit code 130, a lost
     rank in one line and exit code 1. Of several ranks that would say it, the first does."""
     name, code = Path(sys.argv[0]).name, 0
+    for stream in (sys.stdout, sys.stderr):     # names of files and classes need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
         print(f"{name}: torch {torch.__version__} is too old, 2.11 is needed: pip install -r requirements.txt",
               file=sys.stderr)
@@ -114,6 +118,22 @@ def launch(main):
             dist.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+def printable(words):
+    """One line for a terminal: line ends, escape sequences and bytes that are no UTF-8, all of which a file's name may
+    hold, are spelled out; the middle of a very long line is left out."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(words))
+    return line if len(line) < 4000 else f"{line[:2000]} ... {line[-1000:]}"
+
+
+def open_file(path):
+    """open(path, "rb"), but an OSError where that would wait for ever or never end: a pipe, a socket, a device."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file
 
 
 def choose(what, value, options):
@@ -322,7 +342,7 @@ def parse(parser, argv=None):
         # had not yet come to remove the old results it still has to
         args.resume, args.overwrite = True, args.overwrite and not rank_store().check(["began"])
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"config: {args.config} ({why}), results in {args.out}")
+        print(printable(f"config: {args.config} ({why}), results in {args.out}"))
     return args
 
 
@@ -339,34 +359,182 @@ def load_checkpoint(path, stage, make="", device="cpu"):
     """Read a checkpoint, a dict with at least model, config, step and stage.
 
     stage: the kind it must be ("vqgan", "tokenizer", "ar", "maskgit"); make: the command that makes one.
-    Raises BadInput if the file is missing, is no checkpoint, is cut short, or belongs to another stage.
+    Raises BadInput if the file is missing, is no checkpoint, is cut short or damaged, or belongs to another stage.
     """
-    path = Path(path)
-    if not path.exists():
+    path, again = Path(path), f" Make it anew: {make}" if make else ""
+    if not os.path.exists(path):
         raise BadInput(f"{path}: not found." + (f" Train it first: {make}" if make else ""))
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:      # torch raises many kinds here, each with a page of text
-        kind = "cannot be read" if isinstance(error, OSError) else "not a checkpoint, or cut short"
-        raise BadInput(f"{path}: {kind}." + (f" Make it anew: {make}" if make else "")) from error
+        kind = "cannot be read" if isinstance(error, OSError) else "not a checkpoint, or cut short or damaged"
+        raise BadInput(f"{path}: {kind}.{again}") from error
     if not isinstance(checkpoint, dict) or not {"model", "config", "step", "stage"} <= checkpoint.keys():
         raise BadInput(f"{path}: a file of torch, but not a checkpoint of this project (model, config, step, stage)")
+    settings = [checkpoint.get(name, {}) for name in ("config", "training", "settings", "machine")]
+    if not (is_plain([checkpoint["stage"], checkpoint["step"], *settings]) and isinstance(checkpoint["stage"], str)
+            and type(checkpoint["step"]) is int and checkpoint["step"] >= 0
+            and all(isinstance(each, dict) for each in (*settings, checkpoint.get("ema", {})))):
+        raise BadInput(f"{path}: not as a stage of this project writes it (model, config, step, stage).{again}")
+    for weights in (checkpoint["model"], checkpoint.get("ema", {}).get("model", {})):
+        check_tensors(weights, path)
     if checkpoint["stage"] != stage:
         raise BadInput(f"{path}: a checkpoint of stage {checkpoint['stage']!r}, wanted {stage!r}."
                        + (f" Make one with: {make}" if make else ""))
     return checkpoint
 
 
-def load_weights(model, state_dict, path):
-    """model.load_state_dict(state_dict), with BadInput that counts what does not fit."""
+def check_archive(path):
+    """Raise ValueError, or one of zipfile's many errors, unless a file of torch is as it was written: torch.load does
+    not look at the checksums, and takes a flipped bit for another weight. Costs 0.2 s a GB, beside 0.5 s for loading.
+    """
+    with open_file(path) as file, zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        # torch compresses nothing: what would unpack to more than the file is there to fill the memory
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("compressed")
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            raise ValueError("larger inside than outside")
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong checksum of {damaged}")
+
+
+def is_plain(value, most=2000):
+    """True for dicts, lists and tuples of short texts, numbers and None, `most` of them in all, names being texts: what
+    can be compared, sorted and printed in no time. A pickle of 1 kB can hold a list of lists that is longer than the universe is old."""
+    todo = [value]
+    for _ in range(most):
+        if not todo:
+            return True
+        value = todo.pop()
+        if isinstance(value, (dict, list, tuple, str)) and len(value) > most:
+            return False
+        if isinstance(value, dict):
+            if not all(isinstance(name, str) and len(name) < most for name in value):
+                return False
+            todo += value.values()
+        elif isinstance(value, (list, tuple)):
+            todo += value
+        elif not (value is None or isinstance(value, (str, float)) or isinstance(value, int) and abs(value) < 2 ** 63):
+            return False
+    return False
+
+
+def read_config(cls, values, path):
+    """The dataclass cls from a checkpoint's dict. Raises BadInput unless the names and kinds of its values are right.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    wrong = sorted(map(str, fields.keys() ^ values.keys()))
+    if wrong:
+        raise BadInput(f"{path}: not settings of this version: {printable(wrong[0])} is missing, or new. Make it anew")
+    given = {}
+    for name, kind in fields.items():
+        value = values[name]
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            value = read_config(kind, value, path)
+        elif kind == tuple[int, ...]:
+            several = isinstance(value, (tuple, list)) and all(type(each) is int for each in value)
+            kind, value = (tuple, tuple(value)) if several else (None, value)
+        elif kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise BadInput(f"{path}: its setting {name} is {printable(value)[:80]}, which is no {fields[name]}. Make it anew")
+        given[name] = value
+    try:
+        return cls(**given)
+    except Exception as error:      # its own complaint names a flag and no file
+        raise BadInput(f"{path}: its settings do not fit together ({first_line(error)}). Make it anew") from error
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def load_model(make, config_class, checkpoint, path):
+    """make(config) with a checkpoint's averaged weights, in eval mode. Raises BadInput where they do not fit."""
+    config = read_config(config_class, checkpoint["config"], path)
+    return made_to_fit(lambda: make(config), checkpoint.get("ema", {}).get("model", {}), path).eval()
+
+
+def made_to_fit(make, state_dict, path):
+    """make() with these weights. It is made without memory first: a small file can ask for any size. Raises BadInput.
+    """
+    check_fit(sketch(make, len(state_dict), path), state_dict, path)
+    model = make()
+    model.load_state_dict(state_dict)
+    return model
+
+
+def sketch(make, entries, path):
+    """make() on the meta device, for the shapes of a model that is to have so many weights. Raises BadInput where that
+    fails or goes on and on: a file of three weights can ask for a billion layers, which take hours without memory too.
+    """
+    left = 2 * entries + 100            # some more than there are: what is missing is to be named
+
+    def count_down(module, name, parameter):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"many more weights than the {entries} in the file")
+
+    hook = register_module_parameter_registration_hook(count_down)
+    try:
+        return on_meta(make)
+    except Exception as error:
+        raise BadInput(f"{path}: its sizes make no model ({first_line(error)}). Is it another kind of file?") from error
+    finally:
+        hook.remove()
+
+
+def check_tensors(state_dict, path):
+    """Raise BadInput unless state_dict is one: names, each with a tensor whose numbers are all there."""
+    if not isinstance(state_dict, dict) or not all(isinstance(name, str) for name in state_dict):
+        raise BadInput(f"{path}: holds no weights by name. Is it another kind of file?")
+    for name, value in state_dict.items():
+        # a stride of 0 makes one number a million, and other layouts need no numbers at all
+        if not (torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+                and not value.is_quantized and value.nbytes <= value.untyped_storage().nbytes()):
+            raise BadInput(f"{path}: {printable(name)[:80]} is no plain tensor. Is it another kind of file?")
+
+
+def check_fit(model, state_dict, path):
+    """Raise BadInput, with a count of what does not fit, unless model.load_state_dict(state_dict) would work."""
     own = model.state_dict()
     missing, unknown = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-    other = [k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape]
+    both = own.keys() & state_dict.keys()
+    other = [k for k in both if own[k].shape != state_dict[k].shape]
     if missing or unknown or other:
         first = sorted(missing or unknown or other)[0]
         raise BadInput(f"{path}: does not fit the model: {len(missing)} entries missing, {len(unknown)} unknown, "
-                       f"{len(other)} of another shape (first: {first}). Is it of another size?")
+                       f"{len(other)} of another shape (first: {printable(first)[:80]}). Is it of another size?")
+    kinds = [k for k in both if state_dict[k].is_complex()
+             or state_dict[k].is_floating_point() != own[k].is_floating_point()]
+    if kinds:
+        raise BadInput(f"{path}: does not fit the model: {len(kinds)} entries of another kind of number (first: "
+                       f"{min(kinds)}, {state_dict[min(kinds)].dtype}). Is it another kind of file?")
+
+
+def load_weights(model, state_dict, path):
+    """model.load_state_dict(state_dict), with BadInput that counts what does not fit."""
+    check_fit(model, state_dict, path)
     model.load_state_dict(state_dict)
+
+
+def restore(part, state):
+    """part.load_state_dict(state), and any error now: an optimizer takes averages of any shape, and fails in its step.
+    """
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(state)
+        return
+    before = [{name: type(value) for name, value in group.items()} for group in part.param_groups]
+    part.load_state_dict(state)
+    if before != [{name: type(value) for name, value in group.items()} for group in part.param_groups]:
+        raise ValueError("other settings of the optimizer")
+    for parameter, values in part.state.items():
+        for name, value in values.items():
+            if not torch.is_tensor(value) or value.shape != (() if name == "step" else parameter.shape):
+                raise ValueError(f"{name} of another shape")
 
 
 def compile_methods(cls, *names, backend="inductor"):
@@ -434,7 +602,7 @@ class Ema:
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
-        self.updates = state["updates"]
+        self.updates = int(state["updates"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -574,7 +742,7 @@ def say_cause(line):
         if watch is not None and watch.store.add(f"{watch.prefix} cause", 1) > 1:
             return
     bar_open = len(getattr(tqdm, "_instances", ()))     # then the cursor stands at the end of the bar
-    print("\n" * bool(bar_open or watch is not None) + line, file=sys.stderr, flush=True)
+    print("\n" * bool(bar_open or watch is not None) + printable(line), file=sys.stderr, flush=True)
 
 
 def place():
@@ -735,14 +903,21 @@ class Run:
             return
         torch.manual_seed(self.args.seed + 1000 * self.rank)    # from here on each rank draws its own masks and dropout
         if self.checkpoint is not None:
-            for name, part in self.tracked.items():
-                part.load_state_dict(self.checkpoint[name])
-            if len(self.checkpoint["random"]) == self.world:
-                restore_random_state(self.checkpoint["random"][self.rank])
-            else:
-                torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)    # not the masks of step 0 again
-                self.say("another number of ranks than before: the random state starts anew")
-            self.sums = self.checkpoint.get("unlogged", {})
+            try:
+                for name, part in self.tracked.items():
+                    restore(part, self.checkpoint[name])
+                if len(self.checkpoint["random"]) == self.world:
+                    restore_random_state(self.checkpoint["random"][self.rank])
+                else:
+                    torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)    # not the masks of step 0 again
+                    self.say("another number of ranks than before: the random state starts anew")
+                self.sums = {name: (total, int(count)) for name, (total, count)
+                             in self.checkpoint.get("unlogged", {}).items() if isinstance(float(total), float)}
+            except BadInput:
+                raise
+            except Exception as error:      # whatever stands in the file in place of what save() wrote
+                raise BadInput(f"{self.path}: does not fit this run ({first_line(error)}). Start anew with --overwrite"
+                               ) from error
         self.checkpoint = None
 
     def adamw(self, parameters, betas=None):
@@ -1011,13 +1186,16 @@ class Run:
 
 
 def read_log(path):
-    """The lines of a run's JSONL log as dicts; a last line that a kill cut short is left out."""
+    """The lines of a run's JSONL log as dicts, up to one that a kill cut short or a disk damaged."""
     lines = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
+    for text in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+            if type(line["step"]) is not int or not all(isinstance(n, (int, float)) for n in (line["seconds"], *line.values())):
+                break
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             break
+        lines.append(line)
     return lines
 
 

@@ -15,6 +15,8 @@ batch. Images are float32 [B, 3, H, W] in [0, 1]. What trains here: encoder, cod
 quantizer's two losses and, unless it is none, a frozen perceptual network (the toy trains one first, in seconds). No
 adversarial loss.
 """
+import os
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,6 +47,8 @@ class VQGANConfig:
     def __post_init__(self):
         trainer.choose("--perceptual", self.perceptual, ("small", "convnext", "none"))
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        if not self.factor <= self.image_size <= 8192:          # a checkpoint may say anything
+            raise BadInput(f"--image_size {self.image_size}: from {self.factor} to 8192")
         if self.image_size % self.factor:
             raise BadInput(f"--image_size {self.image_size}: not a multiple of {self.factor}, by which this VQGAN "
                            f"shrinks an image")
@@ -267,9 +271,7 @@ def load_vqgan(path, device="cpu", make=MAKE["toy"]):
     """A trained VQGAN in eval mode, with its averaged weights. Raises BadInput if the file is not one; make: the
     command that it then names."""
     checkpoint = trainer.load_checkpoint(path, "vqgan", make=make, device=device)
-    model = VQGAN(VQGANConfig(**checkpoint["config"]))
-    trainer.load_weights(model, checkpoint["ema"]["model"], path)
-    return model.to(device).eval()
+    return trainer.load_model(VQGAN, VQGANConfig, checkpoint, path).to(device)
 
 
 def load_maskgit_vqgan(path_or_state_dict):
@@ -280,28 +282,43 @@ def load_maskgit_vqgan(path_or_state_dict):
     state = read_weights(path_or_state_dict)
     model = VQGAN(PRESETS["full"])
     state.setdefault("quantize.usage", model.quantize.usage)    # ours alone: the public file does not count use
-    trainer.load_weights(model, state, path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else "weights")
+    trainer.load_weights(model, state, name_of(path_or_state_dict, "weights"))
     return model.eval()
 
 
+def name_of(path_or_state_dict, otherwise):
+    return path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else otherwise
+
+
 def read_weights(path_or_state_dict):
-    """A state dict as it is, or read from a .safetensors file (package safetensors) or a torch file."""
+    """A state dict as it is, or read from a .safetensors file (package safetensors) or a torch file. Raises BadInput
+    unless that holds tensors by name, and as many numbers as they have."""
     if not isinstance(path_or_state_dict, (str, Path)):
         return dict(path_or_state_dict)
     path = Path(path_or_state_dict)
-    if not path.is_file():
-        raise BadInput(f"{path}: not found")
+    if not os.path.isfile(path):        # pipes are none: who opens one waits
+        raise BadInput(f"{path}: not found, or no file")
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
         except ImportError as error:
             raise BadInput(f"{path}: reading it needs a package: pip install safetensors") from error
-        return load_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise BadInput(f"{path}: not a file of torch weights, or cut short") from error
-    return dict(state.get("state_dict", state) if isinstance(state, dict) else {})
+        try:
+            state = load_file(path)
+        except Exception as error:
+            raise BadInput(f"{path}: not a file of safetensors, or cut short") from error
+    else:
+        try:
+            if zipfile.is_zipfile(path):        # files from before torch 1.6 are none, and have no checksums
+                trainer.check_archive(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise BadInput(f"{path}: not a file of torch weights, or cut short or damaged") from error
+        for name in ("state_dict", "model"):        # as some are published; LlamaGen's: model
+            if isinstance(state, dict) and isinstance(state.get(name), dict):
+                state = state[name]
+    trainer.check_tensors(state, path)
+    return dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,8 +365,8 @@ def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
         model = SmallPerceptual(len(dataset.classes)).to(device)
         if path.exists():
             checkpoint = trainer.load_checkpoint(path, "perceptual", make=f"rm {path} and run again")
-            if checkpoint["config"]["data"] == dataset.fingerprint:
-                model.load_state_dict(checkpoint["model"])
+            if checkpoint["config"].get("data") == dataset.fingerprint:
+                trainer.load_weights(model, checkpoint["model"], path)
                 return model.eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         batches = data.batches(dataset, batch_size, seed=4321)
@@ -392,7 +409,7 @@ class ConvNeXtSmall(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
         if path_or_state_dict is not None:      # None: to count with
-            trainer.load_weights(self, read_weights(path_or_state_dict), "ConvNeXt-S weights")
+            trainer.load_weights(self, read_weights(path_or_state_dict), name_of(path_or_state_dict, "ConvNeXt-S weights"))
         self.eval().requires_grad_(False)
 
     def forward(self, images):
