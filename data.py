@@ -658,7 +658,17 @@ def read(dataset, rows, seed, workers):
                             generator=torch.Generator(), worker_init_fn=ignore_interrupts)
     else:
         source = map(reader.__getitem__, rows)
-    for batch in source:
+    source = iter(source)
+    while True:
+        try:
+            batch = next(source)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise BadInput(f"a process that decodes images was killed, perhaps for want of memory ({first_line(error)}). "
+                           f"Go on with --resume and fewer --workers") from error
         if isinstance(batch, str):
             raise BadInput(batch)
         images, labels, unreadable = batch

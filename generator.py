@@ -561,8 +561,16 @@ def code_batches(codes, labels, batch_size, seed, step, rank, world):
 
 def extract_codes(run, tokenizer, fingerprint, dataset, path):
     """(codes uint16 [views, n, L], labels int64 [n]) of all images, made by all ranks together if not there yet."""
-    return data.token_cache(tokenizer, dataset, path, fingerprint, run.config.views, tokenizer.config.image_size,
-                            device=run.device, workers=run.training.workers, codebook=run.config.codebook_size)
+    if not path.exists():
+        numbers = run.config.views * len(dataset) * run.config.tokens
+        run.say(f"{path}: takes {trainer.size(2 * numbers)}, and as much again for a moment")
+    # AR and MaskGIT may be started side by side: then the second waits for the first one's codes
+    held = trainer.lock(path.with_name(f".{path.stem}.lock"), "extracts codes", wait=True) if run.main else None
+    try:
+        return data.token_cache(tokenizer, dataset, path, fingerprint, run.config.views, tokenizer.config.image_size,
+                                device=run.device, workers=run.training.workers, codebook=run.config.codebook_size)
+    finally:
+        trainer.release(held)
 
 
 def train(args, config, training, tokenizer_path):

@@ -1063,6 +1063,23 @@ def test_two_runs_in_one_folder(toy, tmp_path):
     assert not (out / ".vqgan.lock").exists()
 
 
+def test_two_generators_share_the_extraction_of_codes(toy, tmp_path):
+    out = folder_without(toy, tmp_path / "out", "codes")
+    (out / "codes_nativetok_4_train.npy").unlink(missing_ok=True)
+    both = [start(f"generator.py --mode {mode} {SMALL} --tokens 4 --steps 1 --out {out}") for mode in ("ar", "maskgit")]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    waiting = [words for words in said if re.search(r"out: waiting; process \d+ on \S+ extracts codes there", words)]
+    assert len(waiting) == 1 and sum("codes of shapes train" in words for words in said) == 1, said
+
+
+def test_a_decoding_process_that_is_killed(folder):
+    dataset = data.open_dataset(str(folder), "train", 16)
+    dataset.get = lambda index, rng=None: os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(BadInput, match="was killed, perhaps for want of memory.*fewer --workers"):
+        next(data.batches(dataset, 2, seed=0, workers=1))
+
+
 def test_full_disk(toy, tmp_path):
     """A limit on the size of files stands for the full disk: the old checkpoint stays whole."""
     out = prepared(toy, tmp_path / "out")
