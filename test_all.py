@@ -3433,7 +3433,8 @@ def test_a_compressed_checkpoint_is_a_bomb(tmp_path):
 
 WRONG_PARTS = [
     (["optimizer"], None), (["optimizer", "param_groups"], []), (["optimizer", "param_groups", 0, "lr"], "fast"),
-    (["optimizer", "state", 0, "exp_avg"], torch.zeros(1)), (["optimizer", "state", 0, "step"], None), (["ema"], {}),
+    (["optimizer", "state", 0, "exp_avg"], laughs()), (["optimizer", "param_groups", 0, "lr"], laughs()),
+    (["optimizer", "state", 0, "exp_avg"], torch.zeros(1)), (["optimizer", "state", 0], {"step": torch.tensor(1.0)}), (["optimizer", "state", 0, "step"], None), (["ema"], {}),
     (["ema", "model"], {}), (["ema", "updates"], None), (["unlogged"], None), (["unlogged"], {"loss": 3}), (["unlogged"], {"loss": ("a", 1)}), (["machine"], 3),
     (["settings"], {7: 1, "seed": 0}), (["random"], None), (["random"], [{"cpu": torch.zeros(3)}]), (["model"], {})]
 
