@@ -536,7 +536,7 @@ def decode(path, image_size, draft=False):
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     rgb = Image.new("RGB", image.size)
-    for top in range(0, image.height, ROWS):                    # by and by: what comes between takes 32 bytes a pixel
+    for top in range(0, image.height, ROWS):                    # by and by: what comes between takes up to 21 bytes a pixel
         rgb.paste(to_rgb(image.crop((0, top, image.width, min(top + ROWS, image.height)))), (0, top))
     return rgb
 

@@ -438,8 +438,8 @@ def npz_names(path):
 @contextlib.contextmanager
 def open_npz(path, name):
     """One array of an .npz, without loading or unpickling anything: (read, shape, dtype), where read(shape) gives the
-    next values. NumPy's own reader loads arrays whole, and 50,000 pictures of 256 x 256 are 9.8 GB; and it makes room for
-    what the header says, which whoever calls this must look at before it reads. Raises BadInput."""
+    next values. NumPy's own reader loads arrays whole, and 50,000 pictures of 256 x 256 are 9.8 GB. The header may say
+    anything: look at shape and dtype before asking for values. Raises BadInput."""
     if name not in npz_names(path):
         raise BadInput(f"{path}: holds no array {name}, only {', '.join(sorted(npz_names(path))) or 'nothing'}")
     try:

@@ -3014,7 +3014,7 @@ def pictures_of_all_kinds():
     for kind, (mode, image) in itertools.product(sorted(Image.SAVE), modes.items()):
         for i, how in enumerate(options.get(kind, [{}])):
             file = io.BytesIO()
-            with contextlib.suppress(Exception):            # this kind does not take this mode
+            with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):      # not of this mode
                 image.save(file, format=kind, **how)
                 found[f"{kind}-{mode}-{i}"] = file.getvalue()
     for mode, compression in (("1", "group4"), ("L", "jpeg"), ("RGB", "jpeg")):
@@ -3083,7 +3083,7 @@ def laughs():
 NONSENSE = (None, True, -1, 0, 3, 10 ** 9, 2 ** 70, 10 ** 5000, math.nan, "", "\x1b[2J\n", "x" * 10 ** 6, [], {}, (), {1: 2},
             laughs(), ["a"], torch.zeros(0), torch.zeros(1).expand(10 ** 6, 10 ** 6), torch.zeros(2, 3),
             torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.int64), torch.eye(3).to_sparse(),
-            torch.zeros(3, device="meta"), torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.quint8))
+            torch.zeros(3, device="meta"))
 
 
 def with_nonsense(tree, random):
@@ -3489,12 +3489,12 @@ def test_names_that_are_no_text(tmp_path):
 @needs_linux
 @pytest.mark.parametrize("mode", ("RGBA", "I;16", "F", "LA", "CMYK"))
 def test_memory_of_a_picture(tmp_path, mode):
-    """16 megapixels in a small file: 8 bytes a pixel, where float64 and the layers of compositing took up to 32."""
+    """16 megapixels in a small file: 7 to 9 bytes a pixel, where float64 and the layers of compositing took up to 21."""
     image = (Image.fromarray(np.zeros((4000, 4000), np.uint16)) if mode == "I;16" else Image.new(mode, (4000, 4000)))
     content = bytes_of(image.save, format="TIFF", compression="tiff_deflate")
     read = functools.partial(data.decode, image_size=8)
     outcomes, _, memory = watched(lambda path: read(path).size, [(0, "x.tif", content, (4000, 4000))], tmp_path, GB)
-    assert outcomes == [(0, "read")] and 5 < memory / 16e6 < 12
+    assert outcomes == [(0, "read")] and 5 < memory / 16e6 < 10
 
 
 def test_strips_make_no_difference(tmp_path, monkeypatch):
@@ -3634,7 +3634,8 @@ def test_a_compressed_checkpoint_is_a_bomb(tmp_path):
 
 WRONG_PARTS = [
     (["optimizer"], None), (["optimizer", "param_groups"], []), (["optimizer", "param_groups", 0, "lr"], "fast"),
-    (["optimizer", "state", 0, "exp_avg"], torch.zeros(1)), (["optimizer", "state", 0, "step"], None), (["ema"], {}),
+    (["optimizer", "state", 0, "exp_avg"], laughs()), (["optimizer", "param_groups", 0, "lr"], laughs()),
+    (["optimizer", "state", 0, "exp_avg"], torch.zeros(1)), (["optimizer", "state", 0], {"step": torch.tensor(1.0)}), (["optimizer", "state", 0, "step"], None), (["ema"], {}),
     (["ema", "model"], {}), (["ema", "updates"], None), (["unlogged"], None), (["unlogged"], {"loss": 3}), (["unlogged"], {"loss": ("a", 1)}), (["machine"], 3),
     (["settings"], {7: 1, "seed": 0}), (["random"], None), (["random"], [{"cpu": torch.zeros(3)}]), (["model"], {})]
 

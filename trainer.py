@@ -402,23 +402,22 @@ def check_archive(path):
 
 def is_plain(value, most=2000):
     """True for dicts, lists and tuples of short texts, numbers and None, `most` of them in all, names being texts: what
-    can be compared, sorted and printed in no time. A pickle of 1 kB can hold a list of lists that is longer than the universe is old."""
-    todo = [value]
-    for _ in range(most):
-        if not todo:
-            return True
+    can be compared, sorted and printed in no time. A pickle of 1 kB can hold a list of lists of more than the universe
+    has atoms."""
+    todo, seen = [value], 0
+    while todo:
         value = todo.pop()
-        if isinstance(value, (dict, list, tuple, str)) and len(value) > most:
-            return False
-        if isinstance(value, dict):
-            if not all(isinstance(name, str) and len(name) < most for name in value):
+        if isinstance(value, (dict, list, tuple)):
+            seen += len(value)
+            if seen > most or isinstance(value, dict) and not all(isinstance(name, str) for name in value):
                 return False
-            todo += value.values()
-        elif isinstance(value, (list, tuple)):
-            todo += value
-        elif not (value is None or isinstance(value, (str, float)) or isinstance(value, int) and abs(value) < 2 ** 63):
+            todo += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str):
+            if len(value) > 2000:
+                return False
+        elif not (value is None or isinstance(value, float) or isinstance(value, int) and abs(value) < 2 ** 63):
             return False
-    return False
+    return True
 
 
 def read_config(cls, values, path):
@@ -528,13 +527,16 @@ def restore(part, state):
         part.load_state_dict(state)
         return
     before = [{name: type(value) for name, value in group.items()} for group in part.param_groups]
+    if not is_plain(state["param_groups"], 10 ** 6) or not all(
+            torch.is_tensor(value) for values in state["state"].values() for value in values.values()):
+        raise ValueError("an optimizer's state holds tensors")
     part.load_state_dict(state)
     if before != [{name: type(value) for name, value in group.items()} for group in part.param_groups]:
         raise ValueError("other settings of the optimizer")
     for parameter, values in part.state.items():
-        for name, value in values.items():
-            if not torch.is_tensor(value) or value.shape != (() if name == "step" else parameter.shape):
-                raise ValueError(f"{name} of another shape")
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        if shapes != {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}:     # AdamW's
+            raise ValueError(f"an optimizer's averages of shapes {printable(shapes)[:200]}")
 
 
 def compile_methods(cls, *names, backend="inductor"):
