@@ -563,7 +563,7 @@ def extract_codes(run, tokenizer, fingerprint, dataset, path):
     """(codes uint16 [views, n, L], labels int64 [n]) of all images, made by all ranks together if not there yet."""
     if not path.exists():
         numbers = run.config.views * len(dataset) * run.config.tokens
-        run.say(f"{path}: takes {trainer.size(2 * numbers)}, and as much again for a moment")
+        data.say(f"{path}: takes {trainer.size(2 * numbers)}, and as much again for a moment")
     # AR and MaskGIT may be started side by side: then the second waits for the first one's codes
     held = trainer.lock(path.with_name(f".{path.stem}.lock"), "extracts codes", wait=True) if run.main else None
     try:

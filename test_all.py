@@ -9,6 +9,7 @@ generators; scores; bad input, one line each. Scripts are run as a user runs the
 """
 import contextlib
 import copy
+import faulthandler
 import functools
 import glob
 import gzip
@@ -1847,7 +1848,7 @@ def test_extract_codes_of_ten_crops(folder, tmp_path):
     model = Brightness()
     model.config = SimpleNamespace(image_size=16)
     about = SimpleNamespace(config=replace(AR, views=10, codebook_size=256), training=trainer.TrainConfig(workers=0),
-                            device="cpu")
+                            device="cpu", main=True)
     codes, labels = generator.extract_codes(about, model, "one", dataset, tmp_path / "codes.npy")
     assert codes.shape == (10, 24, 4) and np.array_equal(labels, dataset.labels)
     assert np.array_equal(codes[5:], codes[:5][..., [1, 0, 3, 2]])           # a flip swaps left and right quarters
@@ -3393,6 +3394,7 @@ def test_no_program_is_started_for_a_picture(tmp_path, content):
 @needs_linux
 def test_the_watch_sees_crashes_hangs_hunger_and_tracebacks(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 1)
+    faulthandler.disable()      # pytest's, which would print a page about the crash that is wanted
     bad = {"crash": lambda: os.kill(os.getpid(), signal.SIGSEGV), "hang": lambda: time.sleep(60),
            "hunger": lambda: np.ones(10 ** 8, np.uint8), "words": lambda: os.write(2, b"Traceback (most recent call"),
            "error": lambda: 1 // 0, "other": lambda: 5, "good": lambda: 7}
@@ -3413,19 +3415,19 @@ def special_files():
             "dangling": lambda path: path.symlink_to("nothing")}
 
 
-def test_what_is_no_file_among_pictures(tmp_path):
+def test_what_is_no_file_among_pictures(tmp_path, monkeypatch):
     """None of them may make the reader wait, or read for ever: the whole of it under a limit of time."""
     (tmp_path / "p").mkdir()
     for i in range(300):
         picture(i % 4, 8, 8).save(tmp_path / "p" / f"{i}.png")
-    with contextlib.chdir(tmp_path / "p"):              # a socket's name may have 108 bytes
-        for name, make in special_files().items():
-            make(Path(f"{name}.jpg"))
-            with pytest.raises(BadInput) as error:
-                data.read_image(f"{name}.jpg", 8)
-            one_line(error, f"{name}.jpg")
-        with pytest.raises(BadInput, match="cannot be read"):
-            list(evaluate.folder_pictures(".").read(0, 400))
+    monkeypatch.chdir(tmp_path / "p")                   # a socket's name may have 108 bytes
+    for name, make in special_files().items():
+        make(Path(f"{name}.jpg"))
+        with pytest.raises(BadInput) as error:
+            data.read_image(f"{name}.jpg", 8)
+        one_line(error, f"{name}.jpg")
+    with pytest.raises(BadInput, match="cannot be read"):
+        list(evaluate.folder_pictures(".").read(0, 400))
     dataset = data.open_dataset(str(tmp_path / "p"), "train", 8)
     with pytest.raises(BadInput, match="3 of 288 files cannot be read"):
         list(data.all_images(dataset, 16))
