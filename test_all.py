@@ -3394,8 +3394,8 @@ def test_no_program_is_started_for_a_picture(tmp_path, content):
 @needs_linux
 def test_the_watch_sees_crashes_hangs_hunger_and_tracebacks(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 1)
-    faulthandler.disable()      # pytest's, which would print a page about the crash that is wanted
-    bad = {"crash": lambda: os.kill(os.getpid(), signal.SIGSEGV), "hang": lambda: time.sleep(60),
+    # pytest's faulthandler would print a page about a crash that is wanted
+    bad = {"crash": lambda: (faulthandler.disable(), os.kill(os.getpid(), signal.SIGSEGV)), "hang": lambda: time.sleep(60),
            "hunger": lambda: np.ones(10 ** 8, np.uint8), "words": lambda: os.write(2, b"Traceback (most recent call"),
            "error": lambda: 1 // 0, "other": lambda: 5, "good": lambda: 7}
     cases = [(i, name, b"", 7) for i, name in enumerate(bad)]
