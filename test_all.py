@@ -1161,11 +1161,11 @@ def test_numbers_that_are_not_finite(toy, tmp_path):
 def test_exploding_gradients_and_a_collapsing_codebook_are_told_and_the_last_checkpoint_is_put_aside(toy, tmp_path):
     out = prepared(toy, tmp_path / "out")
     lie = ("log = trainer.Run.log\ndef lies(run, step, **values):\n"
-           " values |= {\"grad_norm\": 1e4} if step == 7 else {\"perplexity\": 20.0} if step > 8 else {}\n"
+           " values |= {\"grad_norm\": 1e4} if step == 7 else {\"perplexity\": 20.0} if step in (9, 11) else {}\n"
            " log(run, step, **values)\ntrainer.Run.log = lies")
     said = run(patched(lie) + f"--out {out} --steps 12 --warmup 2 --log_every 1")
     lines = [line for line in said.splitlines() if re.match(r"step \d+: ", line)]
-    assert len(lines) == 2, said        # each once, though the codebook stays bad for three lines
+    assert len(lines) == 2, said        # each once, though the codebook recovers and is bad again
     assert lines[0].startswith("step 8: the gradient's norm explodes: 1e+04") and "vqgan_before_gradient.pt" in lines[0]
     assert lines[1].startswith("step 10: the codebook collapses: perplexity 20 with 256 codes")
     assert {p.name: load(p)["step"] for p in (out / "older").iterdir()} == {"vqgan_before_gradient.pt": 7,

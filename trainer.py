@@ -1005,7 +1005,7 @@ class Run:
         if self.args.overwrite:         # only now, when nothing can stop the new run any more
             self.log_path.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
-            for old in self._older():
+            for old in (*self._older(), *self.older.glob(f"{self.path.stem}_before_*.pt")):
                 old.unlink()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             rank_store().set("began", "")
@@ -1135,22 +1135,21 @@ class Run:
         norm, usual = means.get("grad_norm"), statistics.median(self.norms) if len(self.norms) >= 5 else math.inf
         codes, perplexity = getattr(self.config, "codebook_size", 0), means.get("perplexity", math.inf)
         found = {}
-        if norm is not None and norm > 100 * usual:
+        if norm is not None and norm > 30 * usual:
             found["gradient"] = (f"the gradient's norm explodes: {norm:.3g}, where {usual:.3g} was usual. Likely the "
                                  f"learning rate is too high, or a batch is broken; try a smaller --learning_rate")
         # perplexity: how many codes would be in use if all were used alike
         if self.step > self.training.warmup and len(self.norms) >= 5 and perplexity < codes / 10:
             found["codebook"] = (f"the codebook collapses: perplexity {perplexity:.3g} with {codes} codes. Likely the "
                                  f"learning rate is too high, or dead codes are not revived (--revive_below)")
-        for name, line in found.items():
-            if name not in self.troubles:
-                kept = ""
-                if self.path.exists():
-                    copy = f"{self.path.stem}_before_{name}.pt"
-                    self._keep_a_copy(copy)
-                    kept = f". The last checkpoint is put aside as {self.older / copy}: to go back, copy it to {self.path}"
-                self.say(f"step {self.step}: {line}{kept}")
-        self.troubles = set(found)
+        for name in found.keys() - self.troubles:
+            copy, kept = self.older / f"{self.path.stem}_before_{name}.pt", ""
+            if self.path.exists() and not copy.exists():        # the first time's: what comes later may be worse
+                self._keep_a_copy(copy.name)
+            if copy.exists():
+                kept = f". A checkpoint of before is put aside as {copy}: to go back, copy it to {self.path}"
+            self.say(f"step {self.step}: {found[name]}{kept}")
+        self.troubles |= found.keys()
         if norm is not None:
             self.norms.append(norm)
 
