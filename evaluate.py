@@ -891,7 +891,7 @@ def fd_classifier(train_set, test_set, path, device="cpu", steps=900, batch_size
     batches = data.batches(train_set, batch_size, seed=2718)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in tqdm(range(steps), "FD-classifier", unit="step", mininterval=1.0):
+    for _ in tqdm(range(steps), "FD-classifier", unit="step", mininterval=1.0, disable=None):
         images, labels = (t.to(device) for t in next(batches))
         loss = F.cross_entropy(model(without_border(images, train_set.border)), labels)
         optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()

@@ -498,7 +498,7 @@ def sample_codes(model, labels, seed=0, batch_size=500, **changes):
     how = {"guidance_scale": c.guidance_scale, "temperature": c.temperature}
     how |= {"top_k": c.top_k} if c.mode == "ar" else {"steps": c.sampling_steps, "guidance": c.guidance}
     generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
-    parts = tqdm(labels.split(batch_size), "sampling", unit="batch", disable=len(labels) <= batch_size, leave=False)
+    parts = tqdm(labels.split(batch_size), "sampling", unit="batch", disable=len(labels) <= batch_size or None, leave=False)
     return torch.cat([model.generate(part.to(device), generator=generator, **how).cpu() for part in parts])
 
 
