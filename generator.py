@@ -410,8 +410,9 @@ def maskgit_loss(model, config, codes, labels):
     count = (share * codes.shape[1]).round().clamp(min=1)                              # [B, 1], at least one hidden
     hidden = torch.rand(codes.shape, device=codes.device).argsort(dim=1) < count       # [B, L]
     logits = model(codes.masked_fill(hidden, config.codebook_size), labels, drop_label).float()     # [B, L, K]
-    each = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none",
-                           label_smoothing=config.label_smoothing)                     # [B, L]
+    # flat: for [B, K, L] CUDA has no form of this loss that sums in a fixed order (--deterministic)
+    each = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none",
+                           label_smoothing=config.label_smoothing).view_as(codes)      # [B, L]
     weight = torch.where(hidden, 1.0, config.unmasked_weight)                          # [B, L]
     right = (logits.argmax(-1) == codes) & hidden                                      # [B, L]
     return (each * weight).sum() / weight.sum(), {"accuracy": right.sum() / hidden.sum()}
