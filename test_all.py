@@ -1201,13 +1201,13 @@ trainer.launch(vqgan.main)
 
 
 def ranks(tmp_path, fault, code, flags="", more="", arguments=()):
-    """vqgan.py on two ranks of which the second has a fault at its fourth batch, or other arguments; the lines that say
-    why it ended, and how long that took."""
+    """vqgan.py on two ranks of which the second has a fault at its fourth batch, or other arguments: the lines that say
+    why it ended, and those of its progress."""
     program = tmp_path / "vqgan.py"
     program.write_text(RANKS.format(root=str(ROOT), fault=fault, arguments=list(map(str, arguments))))
     output = run(f"torchrun --nproc_per_node=2 --master_port=29531 {flags} {program} {SMALL} "
                  f"--out {tmp_path / 'out'} --steps 6 --save_every 1 --hang 6 {more}", code)
-    return [line for line in output.splitlines() if line.startswith("vqgan.py: ")]
+    return [[line for line in output.splitlines() if line.startswith(start)] for start in ("vqgan.py: ", "step ")]
 
 
 @pytest.fixture(scope="session")
@@ -1215,7 +1215,7 @@ def two_ranks(toy, tmp_path_factory):
     """The checkpoint of an undisturbed run of two ranks."""
     folder = tmp_path_factory.mktemp("two")
     prepared(toy, folder / "out")
-    assert ranks(folder, "pass", 0) == []
+    assert ranks(folder, "pass", 0)[0] == []
     return load(folder / "out" / "vqgan.pt")
 
 
@@ -1226,22 +1226,23 @@ def two_ranks(toy, tmp_path_factory):
     ("raise trainer.BadInput('no such disk')", "no such disk$")], ids=["killed", "stopped", "hung", "refuses"])
 def test_a_lost_rank_ends_all_in_one_line_and_a_restart_goes_on(toy, tmp_path, two_ranks, fault, says):
     out = prepared(toy, tmp_path / "out")
-    lines = ranks(tmp_path, fault, 0, "--max-restarts=1")
+    lines, steps = ranks(tmp_path, fault, 0, "--max-restarts=1", "--overwrite")
     assert len(lines) == 1 and re.search(says, lines[0]), lines
+    assert [line.split(":")[0] for line in steps] == [f"step {i} of 6" for i in (2, 4, 6)]      # went on, not overwritten
     assert equal(load(out / "vqgan.pt"), two_ranks)
 
 
 def test_ranks_that_see_different_things(toy, tmp_path, folder):
     other = prepared(toy, tmp_path / "out").parent / "other"
-    line, = ranks(tmp_path, "pass", 1, arguments=["--seed", 1])
+    (line,), _ = ranks(tmp_path, "pass", 1, arguments=["--seed", 1])
     assert re.search(r"rank 1 on \S+ has seed 1, rank 0 on \S+ has 0\. Give all ranks the same", line)
-    line, = ranks(tmp_path, "pass", 1, arguments=["--data", folder])
+    (line,), _ = ranks(tmp_path, "pass", 1, arguments=["--data", folder])
     assert re.search(r"rank 1 on \S+ has data Folder of \d+ images in \d+ classes, rank 0 on \S+ has Shapes", line)
     assert not (tmp_path / "out" / "vqgan.pt").exists()
     run(f"python {VQGAN} --out {tmp_path / 'out'} --steps 3")
     shutil.copytree(tmp_path / "out", other)
     run(f"python {VQGAN} --out {other} --steps 4 --resume")
-    line, = ranks(tmp_path, "pass", 1, more="--resume", arguments=["--out", other])
+    (line,), _ = ranks(tmp_path, "pass", 1, more="--resume", arguments=["--out", other])
     assert re.search(r"rank 1 on \S+ has --out \S+other, rank 0 on \S+ has \S+out\.", line)
 
 
