@@ -1110,6 +1110,12 @@ def test_output_folders_that_are_no_good(toy, tmp_path):
     assert [line["step"] for line in trainer.read_log(out / "vqgan.jsonl")] == [4]
 
 
+def test_a_listener_that_leaves_does_not_end_the_run(toy, tmp_path):
+    out = prepared(toy, tmp_path / "out")
+    run(f"{sys.executable} {VQGAN} --out {out} --steps 6 | head -1")
+    assert load(out / "vqgan.pt")["step"] == 6
+
+
 def test_older_checkpoints_are_kept_and_a_run_can_go_back_to_one(toy, tmp_path):
     out = prepared(toy, tmp_path / "out")
     run(f"python {VQGAN} --out {out} --steps 6 --keep 3")

@@ -1046,8 +1046,11 @@ class Run:
 
     def say(self, line):
         if self.main:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:         # `| tee` was killed: days of training do not end for want of a listener
+                sys.stdout = open(os.devnull, "w")
 
     def save(self):
         """Write the checkpoint to a temporary name and rename it; all ranks call it. Raises BadInput instead where a
