@@ -823,7 +823,8 @@ def checksum_rows(codes, checksum=0):
 
 
 def is_whole(path, made_of, n, dtype, folder):
-    """True if the codes at `path` can be used; any others are removed, and so are parts that nobody needs."""
+    """True if the codes at `path` can be used. Those of another tokenizer or of other data are renamed (.old), damaged ones
+    are removed, and so are parts that nobody needs."""
     note, whole, why = path.with_suffix(".json"), False, "damaged or never finished"
     try:
         state = read_json(note)
@@ -848,8 +849,10 @@ def is_whole(path, made_of, n, dtype, folder):
             shutil.rmtree(other)
         if not whole and (note.exists() or path.exists()):
             say(f"{path}: {why}; what is missing is extracted")
-            note.unlink(missing_ok=True)        # the note first: codes without one are never used
-            path.unlink(missing_ok=True)        # not overwritten: another process may have them mapped
+            for file in (note, path):           # the note first: codes without one are never used
+                if why.startswith("made of") and file.exists():         # good codes of something else: hours of work
+                    os.replace(file, file.with_suffix(f".old{file.suffix}"))
+                file.unlink(missing_ok=True)    # not overwritten: another process may have them mapped
     except OSError as error:
         raise BadInput(f"{path}: {why}, and cannot be removed ({error.strerror}). "
                        f"Choose another folder with --out") from error

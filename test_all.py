@@ -1118,15 +1118,26 @@ def test_a_listener_that_leaves_does_not_end_the_run(toy, tmp_path):
 
 def test_older_checkpoints_are_kept_and_a_run_can_go_back_to_one(toy, tmp_path):
     out = prepared(toy, tmp_path / "out")
-    run(f"python {VQGAN} --out {out} --steps 6 --keep 3")
-    assert sorted(p.name for p in (out / "older").iterdir()) == [f"vqgan_step{i}.pt" for i in (4, 5, 6)]
+
+    def older():
+        return {path.name for path in (out / "older").iterdir()}
+
+    run(f"python {VQGAN} --out {out} --steps 2")
+    shutil.copy(out / "vqgan.pt", tmp_path / "early.pt")
+    run(f"python {VQGAN} --out {out} --steps 6 --keep 2 --resume")
     whole = load(out / "vqgan.pt")
-    assert equal(load(out / "older" / "vqgan_step6.pt"), whole)
-    shutil.copy(out / "older" / "vqgan_step4.pt", out / "vqgan.pt")
-    run(f"python {VQGAN} --out {out} --steps 6 --keep 3 --resume")
+    assert older() == {"vqgan_step5.pt", "vqgan_step6.pt"} and equal(load(out / "older" / "vqgan_step6.pt"), whole)
+    shutil.copy(tmp_path / "early.pt", out / "vqgan.pt")
+    run(f"python {VQGAN} --out {out} --steps 4 --keep 2 --resume")
+    assert older() == {"vqgan_step3.pt", "vqgan_step4.pt"}      # the new ones, not those it went back from
+    run(f"python {VQGAN} --out {out} --steps 6 --keep 2 --resume")
     assert equal(load(out / "vqgan.pt"), whole)
+    (out / "vqgan.pt").unlink()         # taken away: a new run keeps the old one's log
+    log = (out / "vqgan.jsonl").read_text()
+    run(f"python {VQGAN} --out {out} --steps 1")
+    assert (out / "vqgan.old.jsonl").read_text() == log
     run(f"python {VQGAN} --out {out} --steps 1 --overwrite")
-    assert not list((out / "older").iterdir())
+    assert not older()
 
 
 def test_a_run_that_goes_on_elsewhere_or_otherwise_says_so(toy, tmp_path):
@@ -1191,7 +1202,6 @@ RANKS = """
 import os, shutil, signal, sys, time
 sys.path.insert(0, {root!r})
 import data, trainer, vqgan
-trainer.Watch.SILENT = 4
 read, calls, first = data.Reader.__getitem__, 0, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 def get(self, rows):
     global calls
@@ -1227,9 +1237,10 @@ def two_ranks(toy, tmp_path_factory):
 
 @pytest.mark.parametrize("fault, says", [
     ("os.kill(os.getpid(), signal.SIGKILL)", r"rank 1 \(process \d+ on \S+\) is gone without a word, at .*: killed"),
-    ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 1 \(process \d+ on \S+\) has not been heard of for 4 s: stopped, .* after step \d"),
+    ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 1 \(process \d+ on \S+\) has not been heard of for 6 s: stopped, .* after step \d"),
     ("time.sleep(1000)", r"no step for \d+ s after step 2: rank 0 at vqgan.py:\d+ train; rank 1 at data.py:\d+ read"),
-    ("raise trainer.BadInput('no such disk')", "no such disk$")], ids=["killed", "stopped", "hung", "refuses"])
+    ("raise trainer.BadInput('no such disk')", "no such disk$"),
+    ("1 / 0", "rank 1 ends with the error above")], ids=["killed", "stopped", "hung", "refuses", "fails"])
 def test_a_lost_rank_ends_all_in_one_line_and_a_restart_goes_on(toy, tmp_path, two_ranks, fault, says):
     out = prepared(toy, tmp_path / "out")
     lines, steps = ranks(tmp_path, fault, 0, "--max-restarts=1", "--overwrite")

@@ -43,6 +43,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 import zipfile
 from collections import deque
 from contextlib import nullcontext, suppress
@@ -75,7 +76,7 @@ class Interrupted(Exception):
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR,
-               errno.EFBIG, errno.EEXIST}
+               errno.EFBIG, errno.EEXIST, errno.EIO, errno.ESTALE}
 
 
 def launch(main):
@@ -102,15 +103,22 @@ def launch(main):
         say_cause(f"{name}: {error.filename or 'output'}: {error.strerror}. Choose a folder that can be written with "
                   f"--out")
         code = 2
-    except RuntimeError as error:
-        if Watch.current is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    except Exception as error:
+        if "DataLoader worker" in str(error):       # torch raises it from a signal handler, wherever the code is just then
+            say_cause(f"{name}: a process that decodes images was killed, perhaps for want of memory. Go on with --resume "
+                      f"and fewer --workers")
+        elif Watch.current is None:
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which would come before the line is out
-        say_cause(f"{name}: {Watch.current.lost_rank()}")
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which would come before the line is out
+            say_cause(f"{name}: {Watch.current.lost_rank()}")
+        else:
+            traceback.print_exc()
+            say_cause(f"{name}: rank {Watch.current.rank} ends with the error above")
         code = 1
     finally:
         if Watch.current is not None:
-            Watch.current.stop()
+            Watch.current.stop("failed" if code else "ended")
         if dist.is_initialized():
             if code:                # leaving the group in order would wait for a rank that is gone
                 sys.stdout.flush()
@@ -204,9 +212,12 @@ def lock(path, what, wait=False):
     """
     if fcntl is None:
         return None
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(path, "a+")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+")
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be written ({error.strerror}). Choose another folder with --out") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -261,7 +272,7 @@ class TrainConfig:
     save_every: int = 5_000         # steps between two checkpoints
     keep: int = 1                   # checkpoints kept: the newest, and keep - 1 older ones in OUT/older
     preview_every: int = 5_000      # steps between two preview pictures
-    hang: int = 45                  # seconds without a step on any rank after which a run of several ranks ends; 0: never
+    hang: int = 45                  # several ranks end when one is silent, or all are in one step, for so many seconds; 0: never
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every", "keep"):
@@ -659,14 +670,14 @@ def agree(facts, world):
 
 class Watch(threading.Thread):
     """A thread of each rank that tells the others, every second, that its process lives, which step it is at and where
-    in the code. It ends the process, and one rank says why, when another rank has been silent for SILENT seconds (it was
-    stopped, or its machine is gone), or when all ranks are in a step and none has finished one for --hang seconds.
+    in the code. It ends the process, and one rank says why, when another rank's process is gone, when it has been silent
+    for --hang seconds (it was stopped, or its machine is gone), or when all ranks are in a step and none has finished one
+    for --hang seconds.
 
-    Without it the others would wait for half an hour, and then not know for whom. A rank that was killed is noticed by
-    its broken connections; see `launch`. Seconds are counted in signs of one's own, so that a machine that sleeps, with
-    all that runs on it, gives no alarm.
+    Without it the others would wait for half an hour, and then not know for whom. (On gloo the broken connections of a
+    killed rank are noticed first; see `launch`.) Seconds are counted in signs of one's own, so that a machine that sleeps,
+    with all that runs on it, gives no alarm.
     """
-    SILENT = 20
     current = None          # this process's own, where there are several ranks
 
     def __init__(self, rank, world):
@@ -674,7 +685,8 @@ class Watch(threading.Thread):
         self.rank, self.prefix = rank, f"watch {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self.keys = [f"{self.prefix} {r}" for r in range(world)]
         self.store = rank_store().clone()       # a connection of its own: one that waits holds up all who share it
-        self.doing, self.step, self.hang = "starting", 0, 0
+        self.doing, self.step = "starting", 0
+        self.hang = self.step_hang = TrainConfig.hang       # seconds: of silence, and in one step; 0: for ever
         self.signs, self.ended = [], threading.Event()
         self._tell(0, "its start")
 
@@ -696,15 +708,18 @@ class Watch(threading.Thread):
                 continue
             for rank, (old, new) in enumerate(zip(before, self.signs)):
                 silent[rank] = silent[rank] + 1 if old["second"] == new["second"] and new["doing"] != "ended" else 0
+                if silent[rank] >= 3 and new["doing"] != "failed" and self._is_dead(new):
+                    self._end(self._gone(rank))
             in_step = all(new["doing"] == "step" == old["doing"] and new["step"] == old["step"]
                           for old, new in zip(before, self.signs))
             still = still + 1 if in_step else 0
-            if max(silent) >= self.SILENT:
+            if self.hang and max(silent) >= self.hang:
                 lost = self.signs[rank := silent.index(max(silent))]
-                line = (f"rank {rank} (process {lost['pid']} on {lost['host']}) has not been heard of for {self.SILENT} s: "
+                line = (f"rank {rank} (process {lost['pid']} on {lost['host']}) has not been heard of for {max(silent)} s: "
                         f"stopped, or its machine is gone. It was at {lost['where']}, after step {lost['step']}")
-                self._end(line, kill=lost["pid"] if lost["host"] == socket.gethostname() else None)
-            if self.hang and still >= self.hang:
+                here = lost["host"] == socket.gethostname() and lost["doing"] != "failed"
+                self._end(line, kill=lost["pid"] if here else None)
+            if self.step_hang and still >= self.step_hang:
                 places = {}
                 for rank, sign in enumerate(self.signs):
                     places.setdefault(sign["where"], []).append(str(rank))
@@ -723,15 +738,21 @@ class Watch(threading.Thread):
         """A line about who is gone, for a rank whose connection to it broke."""
         for _ in range(30):     # 3 s: the parent of a dead process may take a moment to see it
             for rank, sign in enumerate(self.signs):
-                if sign["host"] == socket.gethostname() and sign["doing"] != "ended" and is_dead(sign["pid"]):
-                    return (f"rank {rank} (process {sign['pid']} on {sign['host']}) is gone without a word, at "
-                            f"{sign['where']}, after step {sign['step']}: killed, perhaps for want of memory. The last "
-                            f"checkpoint is whole: go on with --resume")
+                if sign["doing"] not in ("ended", "failed") and self._is_dead(sign):
+                    return f"{self._gone(rank)}. The last checkpoint is whole: go on with --resume"
             time.sleep(0.1)
         return "another rank has ended; if it could say why, its line stands here too. Go on with --resume"
 
-    def stop(self):
-        self.doing = "ended"
+    def _gone(self, rank):
+        sign = self.signs[rank]
+        return (f"rank {rank} (process {sign['pid']} on {sign['host']}) is gone without a word, at {sign['where']}, after "
+                f"step {sign['step']}: killed, perhaps for want of memory")
+
+    def _is_dead(self, sign):
+        return sign["host"] == socket.gethostname() and is_dead(sign["pid"])
+
+    def stop(self, how):
+        self.doing = how
         self.ended.set()
         with suppress(RuntimeError):
             self._tell(-1, "its end")
@@ -796,6 +817,8 @@ class Run:
         self.device = choose_device(args.device)
         self.rank, self.world = setup_ranks(self.device)
         self.main = self.rank == 0
+        if Watch.current is not None:
+            Watch.current.hang = training.hang
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -828,7 +851,7 @@ class Run:
         if self.main:
             try:
                 action()
-            except BadInput as caught:
+            except (BadInput, OSError) as caught:
                 error = str(caught)
         error = gather(error, self.world)[0]
         if error is not None:
@@ -836,10 +859,10 @@ class Run:
 
     def _take_folder(self):
         """Found out now, not after an hour at the first checkpoint: can be written, and nobody else writes there."""
+        self.lock = lock(self.path.with_name(f".{self.path.stem}.lock"), f"trains {self.path.name}")
         probe = self.path.with_suffix(".probe")
         write_atomically(probe, lambda temporary: temporary.write_bytes(b""))
         probe.unlink()
-        self.lock = lock(self.path.with_name(f".{self.path.stem}.lock"), f"trains {self.path.name}")
 
     def _look_after_folder(self):
         if not self.args.out.exists():      # removed, or its disk is gone: what is in memory is worth keeping
@@ -901,6 +924,7 @@ class Run:
         first = not self.tracked
         self.tracked.update(parts)
         self.settled = self.step + 2    # before that a step may compile, tune and allocate, and is no measure for Watch
+        self._tell("starting")
         if not first:
             return
         torch.manual_seed(self.args.seed + 1000 * self.rank)    # from here on each rank draws its own masks and dropout
@@ -976,7 +1000,7 @@ class Run:
                 yield self.step
                 shortest = min(shortest, time.perf_counter() - now)
                 if Watch.current is not None:       # a step that is slow by nature does not hang
-                    Watch.current.hang = self.training.hang and max(self.training.hang, 10 * shortest)
+                    Watch.current.step_hang = self.training.hang and max(self.training.hang, 10 * shortest)
                 self.step += 1
                 self.bar.update()
                 if self.step % self.training.log_every == 0 or self.step == self.training.steps:
@@ -1091,9 +1115,10 @@ class Run:
         write_atomically(self.older / name, copy)
 
     def _older(self):
-        found = {int(m[1]): path for path in self.older.glob("*.pt")
-                 if (m := re.fullmatch(re.escape(self.path.stem) + r"_step(\d+)\.pt", path.name))}
-        return [found[step] for step in sorted(found)]
+        """The kept checkpoints, the oldest first: by time, since a run that went back makes steps of before anew."""
+        return sorted((path for path in self.older.glob("*.pt")
+                       if re.fullmatch(re.escape(self.path.stem) + r"_step\d+\.pt", path.name)),
+                      key=lambda path: path.stat().st_mtime_ns)
 
     # -- what it does for itself --------------------------------------------------------------------------------------
 
@@ -1163,6 +1188,7 @@ class Run:
         sums, self.sums = self.sums, {}
         if not self.main:       # the log holds the first rank's share of the batch
             return
+        self._tell("logging")           # with what may follow: a copy of the checkpoint on a slow disk
         now = time.perf_counter()
         means = {name: float(total) / count for name, (total, count) in sums.items()}
         self._look_for_trouble(means)
@@ -1181,24 +1207,26 @@ class Run:
 
     def _cut_log(self):
         """Drop lines beyond the checkpoint (they come again) or cut short by a kill; go on counting seconds."""
+        if self.step == 0 and self.log_path.exists() and not self.args.resume:      # of a run whose checkpoint was moved
+            os.replace(self.log_path, self.log_path.with_suffix(".old.jsonl"))
         kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self.norms.extend(line["grad_norm"] for line in kept if "grad_norm" in line)
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        if self.log_path.exists() and self.log_path.read_text() != text:
+        if self.log_path.exists() and self.log_path.read_text(errors="replace") != text:
             write_atomically(self.log_path, lambda temporary: temporary.write_text(text))
 
 
 def read_log(path):
-    """The lines of a run's JSONL log as dicts, up to one that a kill cut short or a disk damaged."""
+    """The lines of a run's JSONL log as dicts, without any that a kill cut short or a disk damaged."""
     lines = []
     for text in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
         try:
             line = json.loads(text)
             if type(line["step"]) is not int or not all(isinstance(n, (int, float)) for n in (line["seconds"], *line.values())):
-                break
+                continue
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            break
+            continue
         lines.append(line)
     return lines
 
