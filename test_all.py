@@ -1126,10 +1126,11 @@ def test_older_checkpoints_are_kept_and_a_run_can_go_back_to_one(toy, tmp_path):
     shutil.copy(out / "vqgan.pt", tmp_path / "early.pt")
     run(f"python {VQGAN} --out {out} --steps 6 --keep 2 --resume")
     whole = load(out / "vqgan.pt")
-    assert older() == {"vqgan_step5.pt", "vqgan_step6.pt"} and equal(load(out / "older" / "vqgan_step6.pt"), whole)
+    assert older() == {"vqgan_step5.pt"} and load(out / "older" / "vqgan_step5.pt")["step"] == 5
+    assert (out / "vqgan.pt").stat().st_nlink == 1      # or cp over it would change an older one too
     shutil.copy(tmp_path / "early.pt", out / "vqgan.pt")
     run(f"python {VQGAN} --out {out} --steps 4 --keep 2 --resume")
-    assert older() == {"vqgan_step3.pt", "vqgan_step4.pt"}      # the new ones, not those it went back from
+    assert older() == {"vqgan_step3.pt"}        # the new one, not that which it went back from
     run(f"python {VQGAN} --out {out} --steps 6 --keep 2 --resume")
     assert equal(load(out / "vqgan.pt"), whole)
     (out / "vqgan.pt").unlink()         # taken away: a new run keeps the old one's log
@@ -3514,7 +3515,7 @@ def test_memory_of_a_picture(tmp_path, mode):
     content = bytes_of(image.save, format="TIFF", compression="tiff_deflate")
     read = functools.partial(data.decode, image_size=8)
     outcomes, _, memory = watched(lambda path: read(path).size, [(0, "x.tif", content, (4000, 4000))], tmp_path, GB)
-    assert outcomes == [(0, "read")] and 5 < memory / 16e6 < 10
+    assert outcomes == [(0, "read")] and 1 < memory / 16e6 < 10       # less where freed memory is there to be used again
 
 
 def test_strips_make_no_difference(tmp_path, monkeypatch):

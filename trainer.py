@@ -97,25 +97,23 @@ def launch(main):
     except (Interrupted, KeyboardInterrupt) as error:
         say_cause(f"{name}: interrupted. {error}")
         code = 130
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        say_cause(f"{name}: {error.filename or 'output'}: {error.strerror}. Choose a folder that can be written with "
-                  f"--out")
-        code = 2
     except Exception as error:
-        if "DataLoader worker" in str(error):       # torch raises it from a signal handler, wherever the code is just then
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            say_cause(f"{name}: {error.filename or 'output'}: {error.strerror}. Choose a folder that can be written with "
+                      f"--out")
+            code = 2
+        elif "DataLoader worker" in str(error):       # torch raises it from a signal handler, wherever the code is just then
             say_cause(f"{name}: a process that decodes images was killed, perhaps for want of memory. Go on with --resume "
                       f"and fewer --workers")
         elif Watch.current is None:
             raise
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which would come before the line is out
-            say_cause(f"{name}: {Watch.current.lost_rank()}")
+            say_cause(f"{name}: {Watch.current.lost_rank(error)}")
         else:
             traceback.print_exc()
             say_cause(f"{name}: rank {Watch.current.rank} ends with the error above")
-        code = 1
+        code = code or 1
     finally:
         if Watch.current is not None:
             Watch.current.stop("failed" if code else "ended")
@@ -708,7 +706,9 @@ class Watch(threading.Thread):
                 continue
             for rank, (old, new) in enumerate(zip(before, self.signs)):
                 silent[rank] = silent[rank] + 1 if old["second"] == new["second"] and new["doing"] != "ended" else 0
-                if silent[rank] >= 3 and new["doing"] != "failed" and self._is_dead(new):
+                if silent[rank] >= 3 and new["doing"] == "failed":      # it has said why; the others wait in vain
+                    self._end(f"rank {rank} has ended with an error")
+                if silent[rank] >= 3 and self._is_dead(new):
                     self._end(self._gone(rank))
             in_step = all(new["doing"] == "step" == old["doing"] and new["step"] == old["step"]
                           for old, new in zip(before, self.signs))
@@ -717,8 +717,7 @@ class Watch(threading.Thread):
                 lost = self.signs[rank := silent.index(max(silent))]
                 line = (f"rank {rank} (process {lost['pid']} on {lost['host']}) has not been heard of for {max(silent)} s: "
                         f"stopped, or its machine is gone. It was at {lost['where']}, after step {lost['step']}")
-                here = lost["host"] == socket.gethostname() and lost["doing"] != "failed"
-                self._end(line, kill=lost["pid"] if here else None)
+                self._end(line, kill=lost["pid"] if lost["host"] == socket.gethostname() else None)
             if self.step_hang and still >= self.step_hang:
                 places = {}
                 for rank, sign in enumerate(self.signs):
@@ -734,14 +733,15 @@ class Watch(threading.Thread):
                 os.kill(kill, signal.SIGKILL)   # a stopped process would keep torchrun waiting for another 30 s
         os._exit(1)                             # the main thread waits for a rank that will not come
 
-    def lost_rank(self):
+    def lost_rank(self, error):
         """A line about who is gone, for a rank whose connection to it broke."""
         for _ in range(30):     # 3 s: the parent of a dead process may take a moment to see it
             for rank, sign in enumerate(self.signs):
                 if sign["doing"] not in ("ended", "failed") and self._is_dead(sign):
                     return f"{self._gone(rank)}. The last checkpoint is whole: go on with --resume"
             time.sleep(0.1)
-        return "another rank has ended; if it could say why, its line stands here too. Go on with --resume"
+        return ("another rank has ended, or cannot be reached; if it could say why, its line stands here too "
+                f"({str(error).splitlines()[0][:200]}). Go on with --resume")
 
     def _gone(self, rank):
         sign = self.signs[rank]
@@ -841,7 +841,7 @@ class Run:
             self._say_what_differs(self.checkpoint.get("machine", {}))
         self.stop_asked = 0.0               # when
         self.sums, self.first_bad = {}, {}      # of each logged value: (sum, steps); its first step that is not finite
-        self.saved_at = -1
+        self.saved_at, self.on_disk = -1, self.step         # on_disk: the step of the checkpoint that the next one replaces
         self.norms, self.troubles = deque(maxlen=50), set()
         self.board = self._tensorboard() if args.tensorboard and self.main else None
 
@@ -1098,21 +1098,20 @@ class Run:
                                f"--learning_rate" + " or --no-bf16" * self.training.bf16)
         self._look_after_folder()
         needs = sum(t.nbytes for t in tensors_in(checkpoint))
-        write_atomically(self.path, lambda temporary: torch.save(checkpoint, temporary), needs)
-        if self.training.keep > 1:
-            self._keep_a_copy(f"{self.path.stem}_step{self.step}.pt")
-            for old in self._older()[:-self.training.keep]:
-                old.unlink()
+        if self.training.keep > 1 and self.on_disk and self.path.exists():
+            # just before it is replaced: with two names for long, `cp` over the one would change the other
+            write_atomically(self.older / f"{self.path.stem}_step{self.on_disk}.pt", self._second_name)
+        write_atomically(self.path, functools.partial(save_to_disk, checkpoint), needs)
+        self.on_disk = self.step
+        for old in self._older()[:1 - self.training.keep] if self.training.keep > 1 else ():
+            old.unlink()
 
-    def _keep_a_copy(self, name):
-        """A second name in OUT/older for the newest checkpoint, which takes no space until the next one replaces it."""
-        def copy(temporary):
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(self.path, temporary)
-            except OSError:             # a disk without hard links
-                shutil.copyfile(self.path, temporary)
-        write_atomically(self.older / name, copy)
+    def _second_name(self, temporary):
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(self.path, temporary)
+        except OSError:                 # a disk without hard links
+            shutil.copyfile(self.path, temporary)
 
     def _older(self):
         """The kept checkpoints, the oldest first: by time, since a run that went back makes steps of before anew."""
@@ -1173,7 +1172,7 @@ class Run:
         for name in found.keys() - self.troubles:
             copy, kept = self.older / f"{self.path.stem}_before_{name}.pt", ""
             if self.path.exists() and not copy.exists():        # the first time's: what comes later may be worse
-                self._keep_a_copy(copy.name)
+                write_atomically(copy, lambda temporary: shutil.copyfile(self.path, temporary))
             if copy.exists():
                 kept = f". A checkpoint of before is put aside as {copy}: to go back, copy it to {self.path}"
             self.say(f"step {self.step}: {found[name]}{kept}")
@@ -1196,8 +1195,11 @@ class Run:
         line = {"step": self.step, **means, "images_per_s": rate, "seconds": self.seconds + now - self.started}
         self.logged_time, self.logged_step = now, self.step
         self._look_after_folder()
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
+        try:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
+        except OSError as error:        # a line is not worth a run; where the disk stays full, the next save says so
+            self.say(f"{self.log_path}: a line cannot be written ({error.strerror}); the run goes on without it")
         text = f"loss {means['loss']:.3f}, {line['images_per_s']:.0f} images/s"
         self.bar.set_postfix_str(text)
         if self.bar.disable:        # a file: a bar would fill it
@@ -1235,6 +1237,11 @@ def random_state():
     """This process's random state, of the CPU and of the current CUDA device. Nothing here draws from NumPy's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def save_to_disk(checkpoint, path):
+    with open(path, "wb") as file:      # given a name, torch closes the file holding Python's lock: minutes on a slow disk
+        torch.save(checkpoint, file)
 
 
 def tensors_in(state):
