@@ -18,7 +18,7 @@ on the CPU with as many ranks and threads, up to the order of a GPU's sums on CU
 With other --steps the cosine is another.
 
 What can go wrong on the third night, and what is done here about it: a kill (write_atomically), a full disk
-(Run._write, Run._say_space), two runs in one folder (lock), a rank that dies, stops or hangs (Watch), ranks that see
+(Run._begin, Run._write), two runs in one folder (lock), a rank that dies, stops or hangs (Watch), ranks that see
 different files (agree), numbers that go wrong (Run._stop_if_not_finite, Run._look_for_trouble), another machine
 (Run._say_what_differs).
 """
@@ -937,10 +937,9 @@ class Run:
                 else:
                     torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)    # not the masks of step 0 again
                     self.say("another number of ranks than before: the random state starts anew")
+                # float() raises where a damaged or hostile file has no number
                 self.sums = {name: (total, int(count)) for name, (total, count)
                              in self.checkpoint.get("unlogged", {}).items() if isinstance(float(total), float)}
-            except BadInput:
-                raise
             except Exception as error:      # whatever stands in the file in place of what save() wrote
                 raise BadInput(f"{self.path}: does not fit this run ({first_line(error)}). Start anew with --overwrite"
                                ) from error
@@ -1051,8 +1050,6 @@ class Run:
 
     def log(self, step, **values):
         """Remember this step's values (tensors stay on the device: nothing waits for the GPU until a line is due)."""
-        # grad_norm too: the loss is from before this step's update, so weights that a bad gradient broke would be saved
-        # before a loss shows it
         for name, value in values.items():
             value = value.detach().double() if torch.is_tensor(value) else float(value)
             total, count = self.sums.get(name, (0.0, 0))
@@ -1148,6 +1145,8 @@ class Run:
         if self.world > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MIN)
         steps = dict(zip(self.first_bad, bad.tolist()))
+        # grad_norm too: the loss is from before this step's update, so weights that a bad gradient broke would be saved
+        # before a loss shows it
         watched = min(steps.get("loss", math.inf), steps.get("grad_norm", math.inf))
         if math.isfinite(watched):
             first = [name for name, step in steps.items() if step <= watched and name != "grad_norm"]
