@@ -33,7 +33,7 @@ demo: .venv/ready
 	$(PY) tokenizer.py $(FLAGS) --tokens 16 --stage 2 $(STAGE2_STEPS)
 	$(PY) generator.py $(FLAGS) --mode ar $(AR_STEPS)
 	$(PY) generator.py $(FLAGS) --mode maskgit $(MASKGIT_STEPS)
-	$(PY) evaluate.py report --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
+	$(PY) -m extras.report --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
 
 test: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check pytest safetensors matplotlib
@@ -45,10 +45,10 @@ test: .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv __pycache__ .pytest_cache
+	rm -rf .venv __pycache__ extras/__pycache__ .pytest_cache
 
 # ---- The paper's tables and figures: make paper, or make table1, table3a ... one by one.
-# Trains what is missing, SEEDS times (all but the VQGAN), in out/paper_toy/seed0, seed1, ..., then evaluate.py draws them.
+# Trains what is missing, SEEDS times (all but the VQGAN), in out/paper_toy/seed0, seed1, ..., then extras/paper.py draws them.
 # CONFIG=full: the paper's own sizes, on GPUS GPUs, ImageNet in DATA, with the public files named below.
 # Steps changed here do not train again what is there: remove its .done and .pt, or choose another PAPER=folder.
 TABLES := table1 table3a table3b table3c table5 table6 fig5 fig6 fig7 fig8 order
@@ -62,6 +62,7 @@ M := 16
 L := 32
 RUN := OMP_NUM_THREADS=1 $(PY)
 JOBS ?= $(shell nproc)
+PAPER_STAGE0 = vqgan.py $(IN) --out $(PAPER) $(PAPER_VQGAN)
 PAPER_STAGE1 := --steps 700
 PAPER_HNT := --steps 500
 PAPER_STAGE2 := --steps 300
@@ -83,7 +84,7 @@ WEIGHTS ?= weights/maskgit-vqgan-imagenet-f16-256.bin
 INCEPTION ?= weights/pt_inception-2015-12-05-6726825d.pth
 # ADM's file, whose statistics gFID is computed against
 REFERENCE ?= weights/VIRTUAL_imagenet256_labeled.npz
-PAPER_VQGAN := --weights $(WEIGHTS)
+PAPER_STAGE0 = -m extras.pretrained vqgan $(WEIGHTS) --out $(PAPER)
 PAPER_FILES := $(WEIGHTS) $(INCEPTION) $(REFERENCE) weights/convnext_small.pth
 PAPER_SCORES := --inception $(INCEPTION) --reference $(REFERENCE)
 endif
@@ -112,7 +113,7 @@ endif
 paper $(TABLES): .venv/ready
 	@for file in $(PAPER_FILES); do test -e $$file || { echo "$$file: not found. See README, Full size" >&2; exit 2; }; done
 	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(call DONE_IN,$(NEEDS_$@))
-	$(PY) evaluate.py $@ --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --out $(PAPER) --seeds $(SEEDS) $(PAPER_SCORES)
+	$(PY) -m extras.paper $@ --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --out $(PAPER) --seeds $(SEEDS) $(PAPER_SCORES)
 
 # what a stage's files are called is the stages' own business: a mark beside them says that one has ended
 IN = --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --resume
@@ -120,7 +121,7 @@ HERE = $(IN) --out $(@D) --seed $(patsubst seed%,%,$(notdir $(@D)))
 .SECONDARY:
 $(PAPER)/vqgan.done: | .venv/ready
 	$(PY) data.py --data $(DATA) --note $(PAPER)/data
-	$(PY) vqgan.py $(IN) --out $(PAPER) $(PAPER_VQGAN) && touch $@
+	$(PY) $(PAPER_STAGE0) && touch $@
 %/vqgan.done: $(PAPER)/vqgan.done
 	mkdir -p $(@D) && cp $(PAPER)/*.pt $(@D) && touch $@
 %/nativetok_$(S).done: %/vqgan.done

@@ -33,7 +33,7 @@ import data
 import trainer
 from tokenizer import default_tokenizer, load_tokenizer
 from trainer import BadInput, TrainConfig
-from vqgan import load_vqgan, name_of, read_weights
+from vqgan import load_vqgan
 
 GUIDANCE = ("constant", "linear", "power-cosine")
 SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps")     # may change after training
@@ -453,45 +453,6 @@ def load_generator(path, device="cpu"):
     return model.to(device)
 
 
-def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
-    """Public LlamaGen weights (class-conditional) as an ARGenerator in eval mode; sizes are read off the shapes.
-
-    heads: 12 for B, 16 for L; rope: "2d" for the published ones; tokens: how many `generate` makes, which the weights
-    do not say (256: 16 x 16). Raises BadInput if keys or shapes are not LlamaGen's.
-    """
-    state, what = read_weights(path_or_state_dict), name_of(path_or_state_dict, "LlamaGen weights")
-    state = state.get("model", state)                                                  # as the published files have it
-    rows, width = shape_of(state, "cls_embedding.embedding_table.weight", 2, what)
-    codebook_size = shape_of(state, "output.weight", 2, what)[0]
-    layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-    return trainer.made_to_fit(lambda: ARGenerator(GeneratorConfig(
-        mode="ar", tokens=tokens, codebook_size=codebook_size, num_classes=rows - 1, width=width, layers=layers,
-        heads=heads, rope=rope)), state, what).eval()
-
-
-def load_titok_maskgit(path_or_state_dict, heads=None):
-    """The public generator of TiTok-S-128 (a U-ViT) as a MaskGITGenerator in eval mode; sizes are read off the shapes.
-
-    heads, which the shapes do not say: 16 as published; 4 for a width below 512. Raises BadInput if keys or shapes are
-    not a U-ViT's (the generators of TiTok-L-32 and -B-64 are BERTs and do not fit).
-    """
-    state, what = read_weights(path_or_state_dict), name_of(path_or_state_dict, "TiTok U-ViT weights")
-    codebook_size = shape_of(state, "lm_head.weight", 2, what)[0]
-    rows, width = shape_of(state, "embeddings.weight", 2, what)
-    tokens = shape_of(state, "pos_embed", 3, what)[1] - 1
-    layers = 2 * len({name.split(".")[1] for name in state if name.startswith("in_blocks.")})
-    return trainer.made_to_fit(lambda: MaskGITGenerator(replace(
-        PRESETS["maskgit_full"], tokens=tokens, codebook_size=codebook_size, width=width, layers=layers,
-        num_classes=rows - codebook_size - 2, heads=heads or (16 if width >= 512 else 4))), state, what).eval()
-
-
-def shape_of(state, name, dimensions, what):
-    if name not in state or state[name].ndim != dimensions:
-        raise BadInput(f"{what}: no entry {name} of {dimensions} dimensions among {len(state)}. Is it another model's "
-                       f"file?")
-    return state[name].shape
-
-
 def sample_codes(model, labels, seed=0, batch_size=500, **changes):
     """labels int64 [n] -> codes int64 [n, L] on the CPU, the same for every batch_size. Sampling settings are those of
     the model's config; changes: others instead."""
@@ -688,46 +649,16 @@ def sample_pictures(args, tokenizer_path, path):
     print(trainer.printable(f"{output}: {len(labels)} samples of {shown}"))
 
 
-def macs(config):
-    """Multiply-adds of one sequence's forward pass; norms and softmax left out, the causal mask not made use of."""
-    c, maskgit = config, config.mode == "maskgit"
-    length, hidden = c.tokens + maskgit, 8 * c.width if maskgit else 3 * c.feed_forward
-    block = length * c.width * (4 * c.width + hidden) + 2 * length ** 2 * c.width
-    skips = c.layers // 2 * length * 2 * c.width ** 2 if maskgit else 0
-    return (c.layers + maskgit) * block + skips + c.tokens * c.width * c.codebook_size
-
-
-def print_params():
-    """The table of --params: parameters by part, and multiply-adds of one forward pass without guidance."""
-    rows = [("llamagen_b", "VQGAN, 16384 codes", {"tokens": 256, "codebook_size": 16384}, "110.9M"),
-            ("llamagen_l", "VQGAN, 16384 codes", {"tokens": 256, "codebook_size": 16384}, "343M"),
-            ("llamagen_b", "NativeTok-32", {}, None), ("maskgit_uvit_l", "NativeTok-128", {}, "295.0M with 4096 codes")]
-    for name, of, sizes, published in rows:
-        c = replace(PRESETS[name], **sizes)
-        model = trainer.on_meta(lambda: GENERATORS[c.mode](c))
-        parts = {part: trainer.count([module]) for part, module in model.named_children()}
-        parts |= {part: p.numel() for part, p in model.named_parameters(recurse=False)}
-        print(f"{name}, codes of {of}")
-        for part, count in parts.items():
-            if count:
-                print(f"  {part:<20} {count / 1e6:>9.2f}M {count / sum(parts.values()):>6.1%}")
-        print(f"  {'all':<20} {sum(parts.values()) / 1e6:>9.2f}M, {macs(c) / 1e9:.2f} GMACs for {c.tokens} tokens"
-              + (f"   published: {published}" if published else ""))
-
-
 def main():
     parser = trainer.command_line(__doc__, GeneratorConfig, TrainConfig)
     parser.add_argument("--tokenizer", metavar="FILE", help="whose codes; also a VQGAN. Default: the newest in --out")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: <mode>_<config>")
-    parser.add_argument("--params", action="store_true", help="print how large the full models are, and stop")
     pictures = parser.add_argument_group("pictures instead of training")
     pictures.add_argument("--sample", type=int, metavar="N", help="write N new images and stop")
     pictures.add_argument("--classes", help="names or numbers, such as 3,bag; default: all")
     pictures.add_argument("--separate", action="store_true", help="a folder of files instead of one grid")
     pictures.add_argument("--output", metavar="PATH", help="where to write: a .png, or with --separate a folder")
     args = trainer.parse(parser)
-    if args.params:
-        return print_params()
     mode = trainer.choose("--mode", getattr(args, "mode", "ar"), tuple(GENERATORS))
     preset = args.preset or f"{mode}_{args.config}"
     config = trainer.override(PRESETS[preset], args)

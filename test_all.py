@@ -60,15 +60,17 @@ import hnt
 import tokenizer
 import trainer
 import vqgan
+from extras import bench, paper, pretrained, report
 from generator import GeneratorConfig
 from tokenizer import TokenizerConfig
 from trainer import BadInput
-from vqgan import ConvNeXtSmall, VectorQuantizer, VQGANConfig, load_maskgit_vqgan
+from vqgan import ConvNeXtSmall, VectorQuantizer, VQGANConfig
 
 ROOT = Path(__file__).resolve().parent
 
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+               "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split()])}   # for -m extras.x
 SLOW = ["torch._dynamo", "torch.utils.data", "torch.utils.flop_counter", "scipy.linalg", "PIL.ImageOps",
         "PIL.ImageFont", "tqdm"]
 
@@ -94,13 +96,17 @@ def become(words, cwd, environment, stdout, stderr):
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv, sys.path[:0] = words, [os.path.dirname(os.path.abspath(words[0]))]
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv, sys.path[:0] = words[1:], [cwd, *environment["PYTHONPATH"].split(os.pathsep)]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[:0] = words, [os.path.dirname(os.path.abspath(words[0]))]
+        runpy.run_path(words[0], run_name="__main__")
 
 
 @contextlib.contextmanager
 def running(command, cwd=ROOT, stdout=os.devnull, stderr=os.devnull):
-    """`python script.py ...` as a process of its own (pid, exitcode, join()) that does not outlive the block."""
+    """`python script.py ...` or `python -m extras.x ...` as a process of its own (pid, exitcode, join()) that does not outlive the block."""
     words = (shlex.split(command)[1:], str(cwd), {**os.environ, **ENVIRONMENT}, str(stdout), str(stderr))
     # as source: a fork that had to import this file for the function would have our modules, and not the script's own
     process = warm().Process(target=exec, args=(f"{inspect.getsource(become)}\nbecome{words!r}", {}))
@@ -115,7 +121,7 @@ def running(command, cwd=ROOT, stdout=os.devnull, stderr=os.devnull):
 def run(command, code=0, cwd=ROOT, fresh=False, **environment):
     """Run a command line of the README; its output. Fails unless it exits with code. fresh: in a new interpreter, even
     where a fork of the warm one would do."""
-    if re.fullmatch(r"python \S+\.py( [^;|&<>$*`]*)?", command) and not fresh and not environment:
+    if re.fullmatch(r"python (\S+\.py|-m extras\.\w+)( [^;|&<>$*`]*)?", command) and not fresh and not environment:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / name for name in ("stdout", "stderr")]
             with running(command, cwd, *files) as process:
@@ -279,7 +285,7 @@ def test_parameter_counts_of_the_paper():
 
 
 def test_params_prints_the_counts_beside_the_papers():
-    text = run("python tokenizer.py --params")
+    text = run("python -m extras.bench params")
     blocks = {lines.split()[0]: lines for lines in re.split(r"\n(?=\w)", text)}
     for name, total, paper, share in (("nativetok_32", "616.22", "616M", None), ("nativetok_64", "666.80", "666M", "56.2%"),
                                       ("nativetok_128", "767.97", "766M", "55.3%"), ("titok_l_32", "641.02", "641M", None)):
@@ -288,7 +294,6 @@ def test_params_prints_the_counts_beside_the_papers():
         parts = [float(m) for m in re.findall(r"^  (?!all|of).*? ([\d.]+)M", blocks[name], re.MULTILINE)]
         assert sum(parts) == pytest.approx(float(total), abs=0.03)
     assert {"titok_l_causal_32", "titok_b_64", "titok_s_128"} <= blocks.keys()
-    text = run("python generator.py --params")
     assert all(words in text for words in ("110.89M", "published: 110.9M", "342.91M", "294.99M"))
 
 
@@ -297,7 +302,7 @@ def test_counted_work_is_what_torch_counts(name):
     """The formulas against every matrix product and convolution that runs. (On meta: torch does not count the CPU's
     attention.)"""
     config, meta = tokenizer.PRESETS[name], torch.device("meta")
-    model, counted = trainer.on_meta(lambda: tokenizer.build(config)).requires_grad_(False), tokenizer.macs(config)
+    model, counted = trainer.on_meta(lambda: tokenizer.build(config)).requires_grad_(False), bench.tokenizer_macs(config)
     tokens, grid = torch.zeros(1, config.tokens, config.code_dim, device=meta), config.grid
 
     def work(forward):
@@ -319,7 +324,7 @@ def test_counted_work_of_generators_is_what_torch_counts(name):
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = generator.GENERATORS[config.mode](config)
         model(torch.zeros(1, config.tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    assert counter.get_total_flops() / 2 == generator.macs(config)
+    assert counter.get_total_flops() / 2 == bench.generator_macs(config)
 
 
 def test_recomputed_experts_give_the_same_gradients_and_keep_less():
@@ -328,7 +333,7 @@ def test_recomputed_experts_give_the_same_gradients_and_keep_less():
     for recompute in (False, True):
         model.zero_grad()
         model.mocet.recompute = recompute
-        z, kept = evaluate.kept(lambda: model.latents(images), model)
+        z, kept = bench.kept(lambda: model.latents(images), model)
         model.latents(images).square().mean().backward()
         results.append((z, [p.grad.clone() for p in model.parameters() if p.grad is not None], kept))
     (z, gradients, kept), (z_again, gradients_again, kept_less) = results
@@ -437,12 +442,12 @@ def rule_weights(keys, gain=1.0):
 
 
 def asset_keys(name):
-    return json.loads((ROOT / "assets" / name).read_text())
+    return json.loads((ROOT / "assets/golden" / name).read_text())
 
 
 def test_maskgit_vqgan_golden():
-    golden = np.load(ROOT / "assets/maskgit_vqgan_golden.npz")
-    model = load_maskgit_vqgan(rule_weights(asset_keys("maskgit_vqgan_keys.json")))
+    golden = np.load(ROOT / "assets/golden/maskgit_vqgan_golden.npz")
+    model = pretrained.load_maskgit_vqgan(rule_weights(asset_keys("maskgit_vqgan_keys.json")))
     image = torch.from_numpy(golden["image"])[None]
     with torch.no_grad():
         np.testing.assert_allclose(model.encoder(image)[0], golden["z"], atol=2e-5)
@@ -452,7 +457,7 @@ def test_maskgit_vqgan_golden():
 
 
 def test_convnext_golden():
-    golden = np.load(ROOT / "assets/convnext_s_golden.npz")
+    golden = np.load(ROOT / "assets/golden/convnext_s_golden.npz")
     model, images = ConvNeXtSmall(rule_weights(asset_keys("convnext_s_keys.json"))), torch.from_numpy(golden["images"])
     with torch.no_grad():
         np.testing.assert_allclose(model(images), golden["logits"], atol=1e-4)
@@ -461,8 +466,8 @@ def test_convnext_golden():
 
 
 def test_titok_golden():
-    golden = np.load(ROOT / "assets/titok_s_golden.npz")
-    model = tokenizer.load_titok(rule_weights(asset_keys("titok_s_keys.json")), image_size=64)
+    golden = np.load(ROOT / "assets/golden/titok_s_golden.npz")
+    model = pretrained.load_titok(rule_weights(asset_keys("titok_s_keys.json")), image_size=64)
     image, codes = torch.from_numpy(golden["image"])[None], torch.from_numpy(golden["codes"])[None]
     with torch.no_grad():
         np.testing.assert_allclose(model.latents(image)[0].T, golden["z"][:, 0], atol=2e-5)
@@ -478,7 +483,7 @@ def test_titok_l_32_takes_every_key_of_the_published_file():
     keys = asset_keys("titok_l32_keys.json")
     with torch.device("meta"):
         state = {key: torch.empty(shape) for key, shape in keys.items()}
-        model = tokenizer.load_titok(state)
+        model = pretrained.load_titok(state)
     assert sum(map(math.prod, keys.values())) == 641_054_735
     c = model.config        # two tables of [32, 1024] are added up into one
     assert trainer.count([model]) == 641_054_735 - 32 * 1024 and (c.tokens, c.width, c.heads) == (32, 1024, 16)
@@ -492,7 +497,7 @@ def test_titok_weights_that_do_not_fit_are_refused():
         state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
         change(state)
         with torch.device("meta"), pytest.raises(BadInput, match=words) as error:
-            tokenizer.load_titok(state, image_size=64)
+            pretrained.load_titok(state, image_size=64)
         assert "\n" not in str(error.value)
 
     refuses(lambda s: s.pop("encoder.ln_post.bias"), "1 entries missing, 0 unknown")
@@ -521,13 +526,13 @@ def test_a_public_titok_reconstructs_from_its_file(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     printed = []
     for name in ("titok.bin", "titok.safetensors"):
-        text = run(f"python tokenizer.py --reconstruct {tmp_path}/photo.png --weights {tmp_path}/{name} --out {tmp_path}")
+        text = run(f"python -m extras.pretrained titok {tmp_path}/{name} {tmp_path}/photo.png --out {tmp_path}")
         printed.append(re.search(r"photo.png: ([\d ]+)", text)[1].split())
         assert Image.open(tmp_path / "reconstruct.png").size == (2 * 256 + 2, 256)
     assert printed[0] == printed[1] and len(printed[0]) == 32
-    refused(f"python tokenizer.py --weights {tmp_path}/titok.bin", "--reconstruct")
-    refused(f"python tokenizer.py --reconstruct {tmp_path}/photo.png --weights {tmp_path}/none.bin", "none.bin", "not found")
-    refused(f"python tokenizer.py --reconstruct {tmp_path}/photo.png --weights {tmp_path}/titok.safetensors",
+    refused(f"python -m extras.pretrained titok {tmp_path}/titok.bin", "IMAGE")
+    refused(f"python -m extras.pretrained titok {tmp_path}/none.bin {tmp_path}/photo.png", "none.bin", "not found")
+    refused(f"python -m extras.pretrained titok {tmp_path}/titok.safetensors {tmp_path}/photo.png",
             "pip install safetensors", PYTHONPATH=hide("safetensors", tmp_path))
 
 
@@ -543,7 +548,7 @@ def test_weights_of_another_model_are_refused():
     state.pop("encoder.conv_in.weight")
     state["decoder.conv_in.bias"] = torch.zeros(3)
     with pytest.raises(BadInput, match="1 entries missing, 0 unknown, 1 of another shape"):
-        load_maskgit_vqgan(state)
+        pretrained.load_maskgit_vqgan(state)
 
 
 def test_discriminator_and_losses():
@@ -699,7 +704,7 @@ KILLED = {      # command, and what it makes
     "ar": (f"generator.py --mode ar {TINY_GENERATOR} --steps 10", ["ar_*"]),
     "maskgit": (f"generator.py --mode maskgit {TINY_GENERATOR} --steps 10", ["maskgit_*"]),
     "codes": (f"generator.py --mode ar {TINY_GENERATOR} --steps 1", ["ar_*", "codes_*"]),
-    "evaluation": ("evaluate.py report --tokens 4 --images 50 --samples 20", []),
+    "evaluation": ("-m extras.report report --tokens 4 --images 50 --samples 20", []),
 }
 TIMES = {"seconds", "images_per_s", "step_ratio"}
 
@@ -707,7 +712,9 @@ TIMES = {"seconds", "images_per_s", "step_ratio"}
 def killable(stage):
     """Its command, for the folder it works in; a training goes on from where it was killed."""
     shared = "--config toy --data shapes --out . --seed 3"
-    return f"python {ROOT}/{KILLED[stage][0]} {shared}" + ("" if stage == "evaluation" else f" {TINY_RUN}")
+    if stage == "evaluation":
+        return f"python {KILLED[stage][0]} {shared}"
+    return f"python {ROOT}/{KILLED[stage][0]} {shared} {TINY_RUN}"
 
 
 @pytest.fixture(scope="session")
@@ -717,7 +724,7 @@ def small_stages(tmp_path_factory):
     for stage in list(KILLED)[:6]:
         run(killable(stage), cwd=folder)
     made_of = [*(data.open_dataset("shapes", split, 16).fingerprint for split in ("train", "val")), 900, 128]
-    torch.save({"stage": "fd_classifier", "model": evaluate.FDClassifier(10).state_dict(), "step": 900,
+    torch.save({"stage": "fd_classifier", "model": report.FDClassifier(10).state_dict(), "step": 900,
                 "test_accuracy": 0.1, "config": {"made_of": made_of}}, folder / "fd_classifier.pt")
     return folder
 
@@ -1012,7 +1019,7 @@ def test_the_folder_that_is_missing_is_named_before_a_checkpoint_is(tmp_path):
                 "train/<class>/*")
     (tmp_path / "imagenet" / "train" / "ant").mkdir(parents=True)
     refused(f"python tokenizer.py --config full --data {tmp_path}/imagenet --out {tmp_path}/out", "vqgan.pt: not found",
-            "python vqgan.py --config full --weights")
+            "python -m extras.pretrained vqgan")
 
 
 def test_missing_optional_weights(toy, tmp_path):
@@ -1991,7 +1998,7 @@ def test_command_line(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Generators (generator.py)
 
-ASSETS = ROOT / "assets"
+ASSETS = ROOT / "assets/golden"
 AR = GeneratorConfig(tokens=9, codebook_size=24, num_classes=3, width=32, layers=2, heads=4, dropout=0.0)
 MASKGIT = replace(AR, mode="maskgit", tokens=12)
 LABELS = torch.tensor([0, 1, 2, 0, 1])
@@ -2183,7 +2190,7 @@ def test_code_batches_are_the_same_for_one_rank_and_two_and_from_any_step():
 @pytest.mark.parametrize("rope", ["1d", "2d"])
 def test_llamagen_golden(rope):
     golden = np.load(ASSETS / "llamagen_tiny_golden.npz")
-    model = generator.load_llamagen(golden_weights("llamagen_tiny"), heads=4, rope=rope, tokens=16)
+    model = pretrained.load_llamagen(golden_weights("llamagen_tiny"), heads=4, rope=rope, tokens=16)
     ids, labels = torch.from_numpy(golden["ids"]), torch.from_numpy(golden["cls"])
     for kind, drop in (("cond", None), ("uncond", torch.ones(3, dtype=torch.bool))):
         logits = model(ids, labels, drop).detach().numpy()
@@ -2195,15 +2202,15 @@ def test_llamagen_golden(rope):
 
 def test_uvit_golden():
     golden = np.load(ASSETS / "uvit_tiny_golden.npz")
-    model = generator.load_titok_maskgit(golden_weights("uvit_tiny"))
+    model = pretrained.load_titok_maskgit(golden_weights("uvit_tiny"))
     ids, labels = torch.from_numpy(golden["ids"]), torch.from_numpy(golden["cls"])
     for kind, drop in (("cond", None), ("uncond", torch.ones(2, dtype=torch.bool))):
         logits = model(ids, labels, drop).detach().numpy()
         np.testing.assert_allclose(logits, golden[f"logits_{kind}"], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name, load", [("llamagen_tiny", lambda state: generator.load_llamagen(state, 4, "1d")),
-                                        ("uvit_tiny", generator.load_titok_maskgit)])
+@pytest.mark.parametrize("name, load", [("llamagen_tiny", lambda state: pretrained.load_llamagen(state, 4, "1d")),
+                                        ("uvit_tiny", pretrained.load_titok_maskgit)])
 def test_public_weights_that_do_not_fit_are_refused_in_one_line(name, load):
     state = golden_weights(name)
     first, last = list(state)[0], list(state)[-1]
@@ -2253,7 +2260,7 @@ def test_config_refuses(change):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores (evaluate.py)
+# Scores (evaluate.py), speed and memory (extras/bench.py)
 
 def test_estimated_memory_is_what_a_real_run_keeps():
     """The estimate runs on pretended tensors; the bytes that autograd keeps must be those of a real run."""
@@ -2261,12 +2268,12 @@ def test_estimated_memory_is_what_a_real_run_keeps():
     for mode in (FakeTensorMode(), contextlib.nullcontext()):
         with mode:
             model, images = tokenizer.build(TINY), torch.rand(2, 3, 16, 16)
-            sizes.append(evaluate.kept(lambda: model.decoder(model.quantizer(model.latents(images))[0]), model)[1])
+            sizes.append(bench.kept(lambda: model.decoder(model.quantizer(model.latents(images))[0]), model)[1])
     assert sizes[0] == sizes[1] > 10_000
 
 
 def test_memory_table_falls_with_recompute_and_batch():
-    whole, half = evaluate.memory_of("nativetok_32", 64), evaluate.memory_of("nativetok_32", 32)
+    whole, half = bench.memory_of("nativetok_32", 64), bench.memory_of("nativetok_32", 32)
     assert whole["all with --recompute"] < whole["all"] and half["all"] < whole["all"]
     kept = [key for key in whole if key.startswith("kept") and whole[key]]
     assert len(kept) == 3 and all(half[key] == pytest.approx(whole[key] / 2, rel=0.1) for key in kept)
@@ -2275,11 +2282,11 @@ def test_memory_table_falls_with_recompute_and_batch():
 
 @pytest.mark.parametrize("name", ["toy", "titok_toy", "ar_toy", "maskgit_toy"])
 def test_no_operator_of_a_step_makes_the_cpu_wait_for_the_gpu(name):
-    step = evaluate.training_step(name, torch.device("cpu"), 2)
+    step = bench.training_step(name, torch.device("cpu"), 2)
     step()
-    calls = evaluate.operators(step, torch.device("cpu"))
-    assert calls["aten::linear"] > 20 and not calls.keys() & evaluate.WAITING
-    assert evaluate.operators(lambda update: torch.ones(3).sum().item(), torch.device("cpu")).keys() & evaluate.WAITING
+    calls = bench.operators(step, torch.device("cpu"))
+    assert calls["aten::linear"] > 20 and not calls.keys() & bench.WAITING
+    assert bench.operators(lambda update: torch.ones(3).sum().item(), torch.device("cpu")).keys() & bench.WAITING
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2743,7 +2750,7 @@ def test_frechet_distance_of_two_gaussians():
 
 
 def test_frechet_distance_matches_reference():
-    golden = np.load(ROOT / "assets" / "fid_golden.npz")
+    golden = np.load(ASSETS / "fid_golden.npz")
     a, b, c = (evaluate.feature_statistics(golden[f"feats_{x}"]) for x in "abc")
     np.testing.assert_allclose(a[0], golden["mu_a"], atol=1e-12)
     np.testing.assert_allclose(a[1], golden["sigma_a"], atol=1e-12)
@@ -2765,34 +2772,34 @@ def test_codebook_use():
 
 
 def test_score_leaves_the_border_out():
-    classifier = evaluate.FDClassifier(10).eval()
+    classifier = report.FDClassifier(10).eval()
     originals, labels = torch.rand(100, 3, 32, 32), torch.arange(100) % 10
-    inner = evaluate.without_border(originals, 2)
+    inner = report.without_border(originals, 2)
     assert inner.shape == (100, 3, 28, 28) and torch.equal(inner, originals[:, :, 2:30, 2:30])
-    assert torch.equal(evaluate.without_border(originals, 0), originals)
+    assert torch.equal(report.without_border(originals, 0), originals)
     with torch.inference_mode():
         reference = evaluate.feature_statistics(classifier.features(inner))
     framed = originals.clone()
     framed[:, :, :2] = framed[:, :, 30:] = 1                                # only the border is wrong: full marks
     framed[..., :2] = framed[..., 30:] = 1
-    result = evaluate.score([(framed[:60], labels[:60], originals[:60]), (framed[60:], labels[60:], originals[60:])],
+    result = report.score([(framed[:60], labels[:60], originals[:60]), (framed[60:], labels[60:], originals[60:])],
                             classifier, reference, border=2)
     assert result["psnr"] == pytest.approx(100) and result["fd"] == pytest.approx(0, abs=1e-6)
-    assert set(evaluate.score([(framed, labels, None)], classifier, reference, 2)) == {"accuracy", "fd"}
+    assert set(report.score([(framed, labels, None)], classifier, reference, 2)) == {"accuracy", "fd"}
 
 
 def test_classifier_cache_is_bound_to_the_data(tmp_path):
     sets = [data.open_dataset("shapes", split, 16) for split in ("train", "val")]
     path = tmp_path / "fd_classifier.pt"
-    trained, accuracy = evaluate.fd_classifier(*sets, path, steps=40, batch_size=64)
+    trained, accuracy = report.fd_classifier(*sets, path, steps=40, batch_size=64)
     assert 0 < accuracy < 1 and not trained.training
     written = path.stat().st_mtime_ns
-    again, same_accuracy = evaluate.fd_classifier(*sets, path, steps=40, batch_size=64)
+    again, same_accuracy = report.fd_classifier(*sets, path, steps=40, batch_size=64)
     assert path.stat().st_mtime_ns == written and same_accuracy == accuracy
     assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values()))
     sets[0].fingerprint = "of other data"
     random_state = torch.get_rng_state()
-    evaluate.fd_classifier(*sets, path, steps=2, batch_size=64)
+    report.fd_classifier(*sets, path, steps=2, batch_size=64)
     assert path.stat().st_mtime_ns != written                               # trained anew, not taken over
     assert torch.equal(torch.get_rng_state(), random_state)                # and no trace in the caller's random state
 
@@ -2806,7 +2813,7 @@ def test_subset_takes_every_class_of_a_sorted_set():
 
 @pytest.mark.parametrize("low, high", [(0, 1), (2.31, 5.9), (-0.4, 16.4), (1234, 98765), (0.00071, 0.00094)])
 def test_ticks_are_few_round_and_inside(low, high):
-    found = evaluate.ticks(low, high)
+    found = report.ticks(low, high)
     assert 2 <= len(found) <= 7 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
 
 
@@ -2819,7 +2826,7 @@ SCORES = {
 
 def test_report(alone, tmp_path):
     """The report on all stages: its files, its numbers' names, and nothing measured twice."""
-    refused(f"python evaluate.py report --config toy --data shapes --tokens 4 --out {tmp_path}", "python vqgan.py")
+    refused(f"python -m extras.report --config toy --data shapes --tokens 4 --out {tmp_path}", "python vqgan.py")
     assert not list(tmp_path.iterdir())
     out = shutil.copytree(alone("evaluation")[0], tmp_path / "out")
     scores, measured = json.loads((out / "scores.json").read_text()), (out / "measured.json").stat().st_mtime_ns
@@ -2837,9 +2844,9 @@ def test_report(alone, tmp_path):
     assert (out / "measured.json").stat().st_mtime_ns == measured
     assert json.loads((out / "scores.json").read_text()) == scores
     (out / "maskgit_nativetok_4.pt").unlink()
-    partial = run(command.replace("report", "scores"), cwd=out)
+    partial = run(command.replace(" report ", " scores "), cwd=out)
     assert "AR samples" in partial and "not there yet" in partial
-    refused("python evaluate.py repart", "Did you mean report")
+    refused("python -m extras.report repart", "Did you mean report")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3250,7 +3257,7 @@ def test_mutated_weights(tmp_path):
     states = {"vqgan": small_checkpoint("vqgan")["model"], "llamagen": golden_weights("llamagen_tiny"),
               "uvit": golden_weights("uvit_tiny")}
     loaders = {"vqgan": lambda path: trainer.made_to_fit(lambda: vqgan.VQGAN(SMALL_VQGAN), vqgan.read_weights(path), path),
-               "llamagen": lambda path: generator.load_llamagen(path, 4, "1d"), "uvit": generator.load_titok_maskgit}
+               "llamagen": lambda path: pretrained.load_llamagen(path, 4, "1d"), "uvit": pretrained.load_titok_maskgit}
     seeds = {f"{name}.{ending}": save(state) for name, state in states.items() for ending, save in (
         ("safetensors", safetensors.save), ("pth", lambda state: bytes_of(torch.save, state)),
         ("old.pth", lambda state: bytes_of(torch.save, state, _use_new_zipfile_serialization=False)))}
@@ -3369,13 +3376,13 @@ def test_mutated_notes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LARGE", 1)
     monkeypatch.setattr(data, "LISTS", tmp_path.parent / f"{tmp_path.name}-lists")
     listed = data.list_images(tmp_path / "ant")
-    evaluate.Notebook(tmp_path / "measured.json", [1, "a"])("x", [], lambda: {"fd": 1.25})
+    report.Notebook(tmp_path / "measured.json", [1, "a"])("x", [], lambda: {"fd": 1.25})
     seeds = {path.name: path.read_bytes() for path in (tmp_path / "measured.json", *data.LISTS.iterdir())}
     assert len(seeds) == 2
 
     def read(path):
         if path.name == "measured.json":
-            return evaluate.Notebook(path, [1, "a"])("x", [], lambda: {"fd": 1.25}) == {"fd": 1.25}
+            return report.Notebook(path, [1, "a"])("x", [], lambda: {"fd": 1.25}) == {"fd": 1.25}
         data.LISTS = path.parent
         return data.list_images(tmp_path / "ant") == listed
 
@@ -3461,7 +3468,7 @@ def test_a_pipe_in_the_place_of_any_other_file(tmp_path):
             read(tmp_path / "x")
         one_line(error, str(tmp_path / "x"))
     assert evaluate.is_shard(tmp_path / "x", 0, 2) is False
-    assert evaluate.Notebook(tmp_path / "x", [])("a", [], lambda: 3) == 3
+    assert report.Notebook(tmp_path / "x", [])("a", [], lambda: 3) == 3
     for name in ("codes.npy", "codes.json"):
         few_codes(tmp_path / "cache")
         (tmp_path / "cache" / name).unlink()
@@ -3689,7 +3696,7 @@ def test_a_titok_file_of_odd_shapes_is_one_line():
         state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
         state[name] = torch.empty(shape, device="meta")
         with pytest.raises(BadInput) as error:
-            tokenizer.load_titok(state, image_size=64)
+            pretrained.load_titok(state, image_size=64)
         one_line(error, "TiTok weights")
 
 
@@ -3718,7 +3725,7 @@ def test_a_damaged_part_is_extracted_anew(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's tables and figures (evaluate.py, Makefile)
+# The paper's tables and figures (extras/paper.py, Makefile)
 
 class Bigram(nn.Module):
     """An AR generator whose next code is decided by the one before: table [K + 1, K], the last row is the start's."""
@@ -3748,7 +3755,7 @@ def test_changed_codes():
     labels = torch.zeros(200, dtype=torch.int64)
     greedy = ar.generate(labels, 1)
     ar.seen.clear()
-    pairs = evaluate.changed_distributions(ar, labels, at=2, changed=3, seed=0)
+    pairs = paper.changed_distributions(ar, labels, at=2, changed=3, seed=0)
     assert len(pairs) == 3
     inputs = ar.seen[-3:]                                                   # after 1, 2, 3 changes
     for m, codes in enumerate(inputs, 1):
@@ -3766,17 +3773,17 @@ def test_changed_codes():
 
 def test_token_overlap():
     """1 where the generator does not listen, 0 where each code has successors of its own, as counted by hand else."""
-    assert evaluate.token_overlap(Bigram([list(range(12))] * 13, 6), top=3, draws=4) == [1.0] * 4
+    assert paper.token_overlap(Bigram([list(range(12))] * 13, 6), top=3, draws=4) == [1.0] * 4
     apart = torch.zeros(13, 12)
     for code in range(12):
         apart[code, 3 * (code % 4):3 * (code % 4) + 3] = 5.0        # codes of other remainders: other successors
     apart[12, 0] = 9.0
-    found = evaluate.token_overlap(Bigram(apart + 0.01 * torch.arange(12), 6), top=3, draws=64)
+    found = paper.token_overlap(Bigram(apart + 0.01 * torch.arange(12), 6), top=3, draws=64)
     assert all(value < 0.35 for value in found)                     # a changed code may have the same remainder
     with pytest.raises(BadInput, match="4 tokens"):
-        evaluate.token_overlap(Bigram(apart, 4), top=3)
+        paper.token_overlap(Bigram(apart, 4), top=3)
     p, q = torch.tensor([[4.0, 3, 2, 1, 0]]), torch.tensor([[4.0, 0, 3, 1, 2]])
-    assert [evaluate.overlap(p, q, top).item() for top in (1, 2, 3, 5)] == pytest.approx([1, 0.5, 2 / 3, 1])
+    assert [paper.overlap(p, q, top).item() for top in (1, 2, 3, 5)] == pytest.approx([1, 0.5, 2 / 3, 1])
 
 
 def test_neighbour_information():
@@ -3785,22 +3792,22 @@ def test_neighbour_information():
     first = random.integers(0, 16, 20_000)
     noisy = np.where(random.random(20_000) < 0.5, first, random.integers(0, 16, 20_000))
     codes = np.stack([first, first, random.integers(0, 16, 20_000), noisy], 1)
-    again, none, _ = evaluate.neighbour_information(codes, 16)
-    half, = evaluate.neighbour_information(codes[:, [0, 3]], 16)
+    again, none, _ = paper.neighbour_information(codes, 16)
+    half, = paper.neighbour_information(codes[:, [0, 3]], 16)
     same = 0.5 + 0.5 / 16
     exact = 4 + same * math.log2(same) + 15 * (0.5 / 16) * math.log2(0.5 / 16)
     assert again == pytest.approx(4, abs=0.02) and none == pytest.approx(0, abs=0.01)
     assert half == pytest.approx(exact, abs=0.03)
     # many codes, few images: frequencies alone would find bits; taken off, none are left
     few = random.integers(0, 512, (2_000, 2))
-    assert evaluate.neighbour_information(few, 512)[0] == pytest.approx(0, abs=0.05)
+    assert paper.neighbour_information(few, 512)[0] == pytest.approx(0, abs=0.05)
 
 
 def test_intervals_and_claims():
-    assert evaluate.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3 ** 0.5)       # t table, 2 degrees
-    assert evaluate.half_width([1.0]) is None and evaluate.spread([1.0]) == "1.00"
-    assert evaluate.spread([1.0, 2.0, 3.0]) == "2.00 ± 2.48"
-    said = [str(evaluate.Claim("a less b", ours, others, -2.0)) for ours, others in
+    assert paper.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3 ** 0.5)       # t table, 2 degrees
+    assert paper.half_width([1.0]) is None and paper.spread([1.0]) == "1.00"
+    assert paper.spread([1.0, 2.0, 3.0]) == "2.00 ± 2.48"
+    said = [str(paper.Claim("a less b", ours, others, -2.0)) for ours, others in
             (([1, 1.1, 0.9], [3, 3.2, 2.9]), ([3, 3.2, 2.9], [1, 1.1, 0.9]), ([1, 3, 2], [2, 1, 3]), ([1], [3]))]
     assert ["so it is here too" in said[0], "the other way round" in said[1], "not decided" in said[2],
             "one seed" in said[3]] == [True] * 4 and "paper -2.00" in said[0]
@@ -3812,14 +3819,14 @@ def test_plots_with_and_without_matplotlib(monkeypatch):
     for module in ("present", None):
         if module is None:
             monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        plot = evaluate.line_plot("title", "x", curves)
+        plot = report.line_plot("title", "x", curves)
         assert plot.size == (520, 320)
         pixels = np.asarray(plot).reshape(-1, 3).astype(int)
         for colour in ((0x1f, 0x6f, 0xb4), (0xd9, 0x54, 0x2b)):
             assert (np.abs(pixels - colour).sum(1) < 30).sum() > 50
-        without = evaluate.line_plot("title", "x", {"a": (xs, [3.0, 2.0, 1.0]), "b": curves["b"]})
+        without = report.line_plot("title", "x", {"a": (xs, [3.0, 2.0, 1.0]), "b": curves["b"]})
         assert plot.tobytes() != without.tobytes()
-    pixels = np.asarray(evaluate.stem_plot("t", torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.7]), 2))
+    pixels = np.asarray(paper.stem_plot("t", torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.7]), 2))
     pixels = pixels.reshape(-1, 3).astype(int)
     assert {1, -1} <= {np.sign(r - b) for r, _, b in pixels if abs(r - b) > 60}          # red, blue
 
@@ -3829,14 +3836,14 @@ def test_make_paper(tmp_path, folder, fid_folder):
     few, out = "--steps 2 --batch_size 4", tmp_path / "paper"
     sets = [data.open_dataset(str(folder), split, 32) for split in ("train", "val")]
     out.mkdir()
-    torch.save({"stage": "fd_classifier", "model": evaluate.FDClassifier(3).state_dict(), "step": 900,
+    torch.save({"stage": "fd_classifier", "model": report.FDClassifier(3).state_dict(), "step": 900,
                 "test_accuracy": 0.1, "config": {"made_of": [*(s.fingerprint for s in sets), 900, 128]}},
                out / "fd_classifier.pt")
     make = (f"make -o .venv/ready MAKE='make -o .venv/ready' PY={sys.executable} PAPER={out} DATA={folder} JOBS=2 "
             f"PAPER_VQGAN='{few} --perceptual none' PAPER_STAGE1='{few}' PAPER_HNT='--steps 10 --batch_size 4' "
             f"PAPER_STAGE2='{few} --perceptual none --discriminator patch' PAPER_AR='{few}'")
     text = run(f"{make} paper SEEDS=1")
-    for name in evaluate.TABLES:
+    for name in paper.TABLES:
         assert (out / f"{name}.md").exists() and json.loads((out / f"{name}.json").read_text())["seeds"] == 1
         assert (out / f"{name}.png").exists() == (name.startswith("fig") or name == "order")
     table = (out / "table1.md").read_text()
@@ -3846,7 +3853,7 @@ def test_make_paper(tmp_path, folder, fid_folder):
     plan = run(f"{make} -n table3a SEEDS=2")
     assert plan.count("tokenizer.py --config") == 3 and "seed0 --seed" not in plan and "generator.py" not in plan
     shutil.copytree(out / "seed0", out / "seed1")
-    command = f"python evaluate.py table3a --config toy --data {folder} --out {out}"
+    command = f"python -m extras.paper table3a --config toy --data {folder} --out {out}"
     again = run(command)
     assert "2 seeds: mean ± half" in again and re.search(r"NativeTok, 8 tokens *\| +2.28M \| +([\d.]+) ± 0.00", again)
     full = run("make -o .venv/ready table3a CONFIG=full WEIGHTS=none.bin", code=2)

@@ -26,7 +26,6 @@ c length of a code vector, K codes, G side of the VQGAN's grid, V codes of the V
 h heads, T a sequence's length (but T_i, in the equations, is expert i).
 Images are float32 [B, 3, H, W] in [0, 1]. Section and equation numbers are the paper's.
 """
-import functools
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import trainer
@@ -322,7 +320,7 @@ class NativeTok(nn.Module):
         self.make_encoder(config)
         # Another quantizer goes here, with the methods of vqgan.VectorQuantizer: q(z) -> (z_q, straight-through; loss;
         # codes), codes(z), lookup(codes), track_usage(z, codes, revive_below), use() -> {name: value} for the log. It
-        # wants a field of TokenizerConfig that chooses it; at the end of this file load_titok and macs know this one.
+        # wants a field of TokenizerConfig that chooses it; in extras/, load_titok and tokenizer_macs know this one.
         self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim, l2_norm=True)      # as TiTok's
         self.decoder = TokenDecoder(config)
         # The VQGAN's codebook and decoder travel in the tokenizer's file, since stage 2 changes the decoder.
@@ -373,7 +371,7 @@ class TiTok(NativeTok):
     image sees no latent, or a later latent would reach an earlier one through it.
     """
 
-    legacy = False      # True: the published weights' own order of numbers, see load_titok
+    legacy = False      # True: the published weights' own order of numbers, see load_titok in extras/pretrained.py
 
     def make_encoder(self, config):
         self.encoder = ImageTransformer(config)
@@ -649,149 +647,23 @@ def default_stage1(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Only for scale: public weights, and counting parameters and work. Whoever reads for the method can stop here.
-
-def load_titok(path_or_state_dict, image_size=256):
-    """The public weights of TiTok-L-32, -B-64 or -S-128 as a TiTok in eval mode; sizes are read off the shapes.
-
-    These three were trained with a slip: before the last layer the encoder's [L, D] numbers are reinterpreted, not
-    transposed, as [D, L], so that each latent mixes many tokens. Their weights mean nothing without it (`legacy`).
-    Raises BadInput if keys or shapes are not theirs; TiTok's later models (vq8k, vae) are others.
-    """
-    state, what = vqgan.read_weights(path_or_state_dict), vqgan.name_of(path_or_state_dict, "TiTok weights")
-    for name, dimensions in {"latent_tokens": 2, "encoder.patch_embed.weight": 4, "encoder.positional_embedding": 2,
-                             "decoder.ffn.0.weight": 4, "quantize.embedding.weight": 2,
-                             "pixel_quantize.embedding.weight": 2}.items():
-        if name not in state or state[name].ndim != dimensions:
-            raise BadInput(f"{what}: no entry {name} of {dimensions} dimensions among {len(state)}. Is it TiTok-L-32, "
-                           f"-B-64 or -S-128? The later ones, vq8k and vae, are not supported")
-    (tokens, width), patch_size = state["latent_tokens"].shape, state["encoder.patch_embed.weight"].shape[-1]
-    patches = len(state["encoder.positional_embedding"]) - 1
-    if not patch_size or patches != (image_size // patch_size) ** 2:
-        raise BadInput(f"{what}: for {patches} patches of {patch_size} pixels, not for --image_size {image_size}")
-    encoder, decoder = (len({name.split(".")[2] for name in state if name.startswith(f"{part}.transformer.")})
-                        for part in ("encoder", "decoder"))
-    codebook_size, code_dim = state["quantize.embedding.weight"].shape
-
-    def make():
-        return TiTok(TokenizerConfig(model="titok", tokens=tokens, patch_size=patch_size, width=width, heads=width // 64,
-                                     encoder_layers=encoder, decoder_layers=decoder, code_dim=code_dim,
-                                     codebook_size=codebook_size, vqgan=VQGANConfig(image_size=image_size)))
-
-    model = trainer.sketch(make, len(state), what)
-    ours = {}
-    for name, value in state.items():
-        for theirs, mine in TITOK_NAMES:
-            name = name.replace(theirs, mine)
-        ours[name] = value
-    # two tables that are only ever added up, and numbers that they store in other shapes
-    added = ours.pop("encoder.latent_positions", torch.zeros(1))
-    if added.shape not in ((1,), ours["latent_tokens"].shape):
-        raise BadInput(f"{what}: {list(added.shape)} positions of latents that are {list(ours['latent_tokens'].shape)}")
-    ours["latent_tokens"] = (ours["latent_tokens"] + added)[None]           # [1, L, D]
-    for name, value in model.state_dict().items():
-        if name in ours and [n for n in ours[name].shape if n > 1] == [n for n in value.shape if n > 1]:
-            ours[name] = ours[name].reshape(value.shape)            # 1x1 convolutions, and a leading 1
-    ours.setdefault("quantizer.usage", torch.ones(codebook_size))   # ours alone: the public files do not count use
-    model = trainer.made_to_fit(make, ours, what)
-    model.legacy = True
-    return model.eval().requires_grad_(False)
-
-
-TITOK_NAMES = (     # theirs -> ours, in this order
-    ("pixel_quantize.embedding", "pixel_codebook"), ("quantize.embedding", "quantizer.embedding"),
-    ("latent_token_positional_embedding", "latent_positions"), ("positional_embedding", "positions"),
-    ("class_embedding", "class_token"), ("encoder.conv_out", "to_code"), ("decoder_embed", "embed"),
-    (".ffn.", ".head."), (".transformer.", ".blocks."), (".ln_1.", ".norm1."), (".ln_2.", ".norm2."), ("attn.in_proj_", "qkv."),
-    ("attn.out_proj", "proj"), ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.2"))
-
-
-def parts_of(model):
-    """{part: its modules and parameters}: all of the model, each number in one part."""
-    if isinstance(model, TiTok):
-        parts = {"encoder": [model.encoder, model.latent_tokens]}
-    else:
-        parts = {"MIT": [model.mit], "experts": [model.mocet]}
-    return {**parts, "to_code, quantizer": [model.to_code, model.quantizer], "token decoder": [model.decoder],
-            "pixel decoder": [model.pixel_codebook, model.pixel_decoder]}
-
-
-def block_macs(length, width, asking=None):
-    """Multiply-adds of a Block on `length` positions, of which `asking` (default: all) are wanted afterwards."""
-    asking = length if asking is None else asking
-    return (2 * length + 10 * asking) * width ** 2 + 2 * asking * length * width
-
-
-def macs(config):
-    """{part: multiply-adds for one image}, norms and softmax left out. The pixel decoder's are counted by torch."""
-    c, cells = config, config.grid ** 2
-    codes = c.tokens * c.code_dim * c.codebook_size
-    read = c.patches * 3 * c.patch_size ** 2 * c.width                                  # the patch convolution
-    if c.model == "nativetok":
-        read += c.encoder_layers * block_macs(1 + c.patches, c.width)
-        lengths = [c.patches + i + 1 for i in range(c.tokens)]
-        experts = sum((c.expert_layers - 1) * block_macs(t, c.expert_width) + block_macs(t, c.expert_width, 1)
-                      for t in lengths)
-        parts = {"MIT": read + c.patches * c.width * c.expert_width, "experts": experts,
-                 "to_code, quantizer": c.tokens * c.expert_width * c.code_dim + codes}
-    else:
-        parts = {"encoder": read + c.encoder_layers * block_macs(1 + c.patches + c.tokens, c.width),
-                 "to_code, quantizer": c.tokens * c.width * c.code_dim + codes}
-    head = cells * 2 * c.width * (c.width + c.vqgan.codebook_size)
-    decoder = c.decoder_layers * block_macs(1 + cells + c.tokens, c.width) + head + c.tokens * c.code_dim * c.width
-    return {**parts, "token decoder": decoder,
-            "pixel decoder": pixel_macs(c.vqgan) + cells * c.vqgan.codebook_size * c.vqgan.code_dim}
-
-
-@functools.cache
-def pixel_macs(config):
-    pixels = trainer.on_meta(lambda: vqgan.Decoder(config))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        pixels(torch.empty(1, config.code_dim, config.grid, config.grid, device="meta"))
-    return counter.get_total_flops() // 2
-
-
-# preset: (parameters in millions, share that trains under HNT in percent), as the paper has them
-PAPER = {"nativetok_32": (616, None), "nativetok_64": (666, 56), "nativetok_128": (766, 55), "titok_l_32": (641, None)}
-
-
-def print_params():
-    """The table of --params: parameters and multiply-adds of every full preset, by part. No weights are made."""
-    for name in ("nativetok_32", "nativetok_64", "nativetok_128", "titok_l_32", "titok_l_causal_32", "titok_b_64",
-                 "titok_s_128"):
-        config = PRESETS[name]
-        model = trainer.on_meta(lambda: build(config))
-        counts = {part: trainer.count(members) for part, members in parts_of(model).items()}
-        total, work, (paper, paper_share) = sum(counts.values()), macs(config), PAPER.get(name, (None, None))
-        print(f"{name:<22} {'parameters':>11} {'share':>6} {'GMACs an image':>15}")
-        for part, count in counts.items():
-            print(f"  {part:<20} {count / 1e6:>10.2f}M {count / total:>6.1%} {work[part] / 1e9:>15.2f}")
-        print(f"  {'all':<20} {total / 1e6:>10.2f}M {'':>6} {sum(work.values()) / 1e9:>15.2f}"
-              + (f"   paper: {paper}M" if paper else ""))
-        if paper_share:         # frozen: MIT, the first half of the experts, to_code, quantizer; HNT's paper share
-            new = trainer.count(model.mocet.experts[config.tokens // 2:])
-            trains = (new + counts["token decoder"]) / (total - counts["pixel decoder"])
-            print(f"  of {(total - counts['pixel decoder']) / 1e6:.2f}M without the pixel decoder {trains:.1%} train "
-                  f"under HNT; paper: {paper_share} %")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def reconstruct(args):
     """Write original beside reconstruction for each image, and print the codes."""
-    if args.weights:
-        path, model = args.weights, load_titok(args.weights).to(args.device)
-    else:
-        config = chosen_config(args)
-        path = args.checkpoint or default_tokenizer(args.out, config.tokens, config.model)
-        model = load_tokenizer(path, args.device)
-    images = torch.stack([data.read_image(p, model.config.image_size) for p in args.reconstruct])     # [B, 3, H, W]
+    config = chosen_config(args)
+    path = args.checkpoint or default_tokenizer(args.out, config.tokens, config.model)
+    write_reconstructions(load_tokenizer(path, args.device), path, args.reconstruct, args)
+
+
+def write_reconstructions(model, path, pictures, args):
+    """path: that the model came from."""
+    images = torch.stack([data.read_image(p, model.config.image_size) for p in pictures])     # [B, 3, H, W]
     codes = model.encode(images.to(args.device))                   # [B, L]
     both = torch.stack([images, model.decode_codes(codes).cpu()], dim=1).flatten(0, 1)
     target = args.out / "reconstruct.png"
     data.save_picture(data.picture_grid(both, 2, scale=max(1, 128 // model.config.image_size)), target)
-    for name, row in zip(args.reconstruct, codes.tolist()):
+    for name, row in zip(pictures, codes.tolist()):
         print(f"{trainer.printable(name)}: {' '.join(map(str, row))}")
     print(trainer.printable(f"{target}: original beside reconstruction, by {path}"))
 
@@ -807,14 +679,8 @@ def main():
                         help="torchvision's convnext_small weights, for --perceptual convnext")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: that of --model and --config")
     parser.add_argument("--reconstruct", metavar="IMAGE", nargs="+", help="do this instead of training")
-    parser.add_argument("--weights", metavar="FILE", help="--reconstruct with a public TiTok (L-32, B-64 or S-128)")
-    parser.add_argument("--params", action="store_true", help="print how large the full models are, and stop")
     args = trainer.parse(parser)
-    if args.weights and not args.reconstruct:
-        raise BadInput(f"--weights {args.weights}: only with --reconstruct IMAGE...")
-    if args.params:
-        print_params()
-    elif args.reconstruct:
+    if args.reconstruct:
         reconstruct(args)
     elif args.stage == 1:
         train_stage1(args)

@@ -1,7 +1,7 @@
 """Stage 0: a 2-D VQGAN turns an image into a grid of codes and paints the image back from them.
 
     python vqgan.py                     # train (toy: about a minute and a half on two CPU cores)
-    python vqgan.py --config full --weights FILE    # take the public MaskGIT-VQGAN weights instead of training
+    python -m extras.pretrained vqgan FILE          # take the public MaskGIT-VQGAN weights instead of training (full)
 
 NativeTok does not predict pixels. Stage 1 (tokenizer.py) predicts this network's codes, and this network's decoder
 paints them. So it is trained first; stage 1 uses it unchanged, stage 2 fine-tunes a copy of the decoder. The
@@ -17,7 +17,7 @@ adversarial loss.
 """
 import os
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -264,7 +264,7 @@ class VQGAN(nn.Module):
         return self.decoder(z_q.permute(0, 3, 1, 2)), loss, z, codes
 
 
-MAKE = {"toy": "python vqgan.py", "full": "python vqgan.py --config full --weights maskgit-vqgan-imagenet-f16-256.bin"}
+MAKE = {"toy": "python vqgan.py", "full": "python -m extras.pretrained vqgan maskgit-vqgan-imagenet-f16-256.bin"}
 
 
 def load_vqgan(path, device="cpu", make=MAKE["toy"]):
@@ -272,18 +272,6 @@ def load_vqgan(path, device="cpu", make=MAKE["toy"]):
     command that it then names."""
     checkpoint = trainer.load_checkpoint(path, "vqgan", make=make, device=device)
     return trainer.load_model(VQGAN, VQGANConfig, checkpoint, path).to(device)
-
-
-def load_maskgit_vqgan(path_or_state_dict):
-    """The public MaskGIT-VQGAN weights (maskgit-vqgan-imagenet-f16-256.bin) as a VQGAN in eval mode.
-
-    Raises BadInput if the file's keys or shapes are not those of the published one (168 entries, 54.5M numbers).
-    """
-    state = read_weights(path_or_state_dict)
-    model = VQGAN(PRESETS["full"])
-    state.setdefault("quantize.usage", model.quantize.usage)    # ours alone: the public file does not count use
-    trainer.load_weights(model, state, name_of(path_or_state_dict, "weights"))
-    return model.eval()
 
 
 def name_of(path_or_state_dict, otherwise):
@@ -327,8 +315,8 @@ def read_weights(path_or_state_dict):
 class SmallPerceptual(nn.Module):
     """The toy's perceptual network: trained in seconds to name the classes of the data's own training split.
 
-    Strided convolutions with GELU and no batch norm, on purpose not the architecture (nor the seed) of evaluate.py's
-    FD-classifier: nothing is scored by a network that was trained against. It sees brightness only: colour is left to
+    Strided convolutions with GELU and no batch norm, on purpose not the architecture (nor the seed) of the FD-classifier
+    (extras/report.py): nothing is scored by a network that was trained against. It sees brightness only: colour is left to
     L2. (A version with three channels, trained on grey pictures, never learned what a tint means: stage 2 went pink.)
     """
 
@@ -584,23 +572,9 @@ def train(args):
 
 def main():
     parser = trainer.command_line(__doc__, VQGANConfig, TrainConfig)
-    parser.add_argument("--weights", metavar="FILE", help="take the public MaskGIT-VQGAN weights; no training")
     parser.add_argument("--convnext", metavar="FILE", default="weights/convnext_small.pth",
                         help="torchvision's convnext_small weights, for --perceptual convnext")
-    args = trainer.parse(parser)
-    if not args.weights:
-        return train(args)
-    if args.config != "full":
-        raise BadInput("--weights: these are the full configuration's. Add --config full")
-    model = load_maskgit_vqgan(args.weights)
-    path = args.out / "vqgan.pt"
-    if path.exists() and not args.overwrite:
-        raise BadInput(f"{path}: exists. Replace it with --overwrite, or choose another --out")
-    state = model.state_dict()
-    checkpoint = {"stage": "vqgan", "model": state, "ema": {"model": state, "updates": 0}, "step": 0,
-                  "config": asdict(model.config)}
-    trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
-    print(f"{path}: written from {args.weights}")
+    train(trainer.parse(parser))
 
 
 if __name__ == "__main__":
