@@ -1,6 +1,6 @@
-# make demo          the whole pipeline at toy size, 12 to 15 minutes on two CPU cores; ends in out/toy/report.md
+# make demo          the whole pipeline at toy size on two CPU cores; ends in out/toy/report.md
 # make demo LONG=1   the same models trained five times longer, in out/toy_long
-# make test          the test suite, under 10 minutes
+# make test          the test suite
 # make paper         the paper's tables and figures at toy size, see below
 # Other data:        make demo DATA=folder        Other results folder: make demo OUT=folder
 
@@ -8,6 +8,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DATA ?= auto
 SEED ?= 0
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 ifdef LONG
 OUT ?= out/toy_long
@@ -21,36 +22,58 @@ else
 OUT ?= out/toy
 endif
 
-# what `auto` came to is noted once, so that all stages use the same data
-FLAGS = --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED) --resume
+# what `auto` is gets written down once, so that all stages use the same data
+FLAGS = --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
 
-.PHONY: demo test clean
+# Stages that do not need each other run side by side, each with one thread.
+GET_DATA = if [ "$(DATA)" = auto ]; then $(MAKE) --no-print-directory data/fashion-mnist; fi
+.PHONY: demo vqgan classifier stage1 hnt stage2 ar maskgit test clean
 demo: .venv/ready
+	@$(PIP) matplotlib
+	@$(GET_DATA)
 	$(PY) data.py --data $(DATA) --note $(OUT)/data
-	$(PY) vqgan.py $(FLAGS) $(VQGAN_STEPS)
-	$(PY) tokenizer.py $(FLAGS) --tokens 8 $(TOKENIZER_STEPS)
-	$(PY) hnt.py $(FLAGS) --tokens 16 $(HNT_STEPS)
-	$(PY) tokenizer.py $(FLAGS) --tokens 16 --stage 2 $(STAGE2_STEPS)
-	$(PY) generator.py $(FLAGS) --mode ar $(AR_STEPS)
-	$(PY) generator.py $(FLAGS) --mode maskgit $(MASKGIT_STEPS)
-	$(PY) -m extras.report --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
+	$(MAKE) --no-print-directory --jobs=3 stage2 ar maskgit classifier
+	$(PY) -m extras.report $(FLAGS)
+vqgan:
+	$(PY) vqgan.py $(FLAGS) --resume $(VQGAN_STEPS)
+classifier: vqgan
+	@OMP_NUM_THREADS=1 $(PY) -m extras.report scores $(FLAGS) > /dev/null
+stage1: vqgan
+	$(PY) tokenizer.py $(FLAGS) --resume --tokens 8 $(TOKENIZER_STEPS)
+hnt: stage1
+	$(PY) hnt.py $(FLAGS) --resume --tokens 16 $(HNT_STEPS)
+stage2: hnt
+	$(PY) tokenizer.py $(FLAGS) --resume --tokens 16 --stage 2 $(STAGE2_STEPS)
+# stage 2 does not change the codes, so generators need not wait for it
+ar: hnt
+	$(PY) generator.py $(FLAGS) --resume --mode ar --tokenizer $(OUT)/nativetok_16.pt $(AR_STEPS)
+maskgit: hnt
+	$(PY) generator.py $(FLAGS) --resume --mode maskgit --tokenizer $(OUT)/nativetok_16.pt $(MASKGIT_STEPS)
+
+# Fashion-MNIST where it is, from its own site, or Debian's package; without it the demo draws shapes
+FASHION := http://fashion-mnist.s3-website.eu-central-1.amazonaws.com
+data/fashion-mnist:
+	@if [ -e /usr/share/datasets/fashion-mnist ]; then exit 0; fi; set -x; mkdir -p $@.part; \
+	if curl -fsS --fail-early --connect-timeout 5 -o "$@.part/#1-ubyte.gz" \
+	    "$(FASHION)/{train-images-idx3,train-labels-idx1,t10k-images-idx3,t10k-labels-idx1}-ubyte.gz"; \
+	then mv $@.part $@; else rm -r $@.part; apt-get install -y dataset-fashion-mnist || true; fi
 
 test: .venv/ready
-	$(PY) -m pip install --quiet --disable-pip-version-check pytest safetensors matplotlib
+	$(PIP) pytest safetensors matplotlib
 	$(PY) -m pytest -q test_all.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch .venv/ready
 
 clean:
 	rm -rf .venv __pycache__ extras/__pycache__ .pytest_cache
 
-# ---- The paper's tables and figures: make paper, or make table1, table3a ... one by one.
-# Trains what is missing, SEEDS times (all but the VQGAN), in out/paper_toy/seed0, seed1, ..., then extras/paper.py draws them.
-# CONFIG=full: the paper's own sizes, on GPUS GPUs, ImageNet in DATA, with the public files named below.
-# Steps changed here do not train again what is there: remove its .done and .pt, or choose another PAPER=folder.
+# ---- The paper's tables and figures: make paper, or one by one make table1, make table3a, ...
+# Trains what is missing, SEEDS times (all but the VQGAN), in out/paper_toy/seed0, seed1, ...
+# CONFIG=full: the paper's own sizes, on GPUS GPUs, ImageNet in DATA, with the public files below.
+# Changed steps do not train again what is there: remove its .done and .pt, or give another PAPER.
 TABLES := table1 table3a table3b table3c table5 table6 fig5 fig6 fig7 fig8 order
 CONFIG ?= toy
 PAPER ?= out/paper_$(CONFIG)
@@ -62,13 +85,13 @@ M := 16
 L := 32
 RUN := OMP_NUM_THREADS=1 $(PY)
 JOBS ?= $(shell nproc)
-PAPER_STAGE0 = vqgan.py $(IN) --out $(PAPER) $(PAPER_VQGAN)
 PAPER_STAGE1 := --steps 700
 PAPER_HNT := --steps 500
 PAPER_STAGE2 := --steps 300
 PAPER_AR := --steps 400
 PAPER_TITOK := --encoder_layers 8
 PAPER_SCORES := --images 2500
+MAKE_VQGAN = $(PY) vqgan.py $(IN) --out $(PAPER) $(PAPER_VQGAN)
 else
 SEEDS ?= 1
 GPUS ?= 4
@@ -84,11 +107,12 @@ WEIGHTS ?= weights/maskgit-vqgan-imagenet-f16-256.bin
 INCEPTION ?= weights/pt_inception-2015-12-05-6726825d.pth
 # ADM's file, whose statistics gFID is computed against
 REFERENCE ?= weights/VIRTUAL_imagenet256_labeled.npz
-PAPER_STAGE0 = -m extras.pretrained vqgan $(WEIGHTS) --out $(PAPER)
 PAPER_FILES := $(WEIGHTS) $(INCEPTION) $(REFERENCE) weights/convnext_small.pth
 PAPER_SCORES := --inception $(INCEPTION) --reference $(REFERENCE)
+MAKE_VQGAN = $(PY) -m extras.pretrained vqgan $(WEIGHTS) --out $(PAPER) --overwrite
 endif
-DONE_IN = $(foreach n,$(shell seq 0 $$(($(SEEDS) - 1))),$(addprefix $(PAPER)/seed$(n)/,$(addsuffix .done,$(1))))
+SEED_FOLDERS := $(foreach n,$(shell seq 0 $$(($(SEEDS) - 1))),$(PAPER)/seed$(n)/)
+DONE_IN = $(foreach folder,$(SEED_FOLDERS),$(addprefix $(folder),$(addsuffix .done,$(1))))
 
 PAIR := nativetok_$(S) titok_$(S)
 ARS := $(addprefix ar_,$(PAIR))
@@ -101,27 +125,31 @@ NEEDS_table6 := $(ARS)
 NEEDS_fig5 := $(ARS)
 NEEDS_fig6 := $(addsuffix _stage2,$(PAIR))
 NEEDS_fig7 := $(NEEDS_table5)
-NEEDS_fig8 := $(ARS) $(addsuffix _stage2,$(PAIR))
-NEEDS_order := $(NEEDS_fig8)
+NEEDS_fig8 := $(ARS)
+NEEDS_order := $(ARS)
 NEEDS_paper := $(sort $(foreach t,$(TABLES),$(NEEDS_$(t))))
 
-# one process a core, each with one thread: at this size faster than one process with all threads
+# one process per core, each with one thread: at toy size faster than one with all threads
 .PHONY: paper $(TABLES)
 ifeq ($(MAKELEVEL),0)       # make -j table1 table3a: one after the other, each with its own JOBS
 .NOTPARALLEL:
 endif
 paper $(TABLES): .venv/ready
-	@for file in $(PAPER_FILES); do test -e $$file || { echo "$$file: not found. See README, Full size" >&2; exit 2; }; done
+	@for file in $(PAPER_FILES); do test -e $$file || \
+	    { echo "$$file: not found. See docs/full_size.md" >&2; exit 2; }; done
+	$(PIP) matplotlib
 	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(call DONE_IN,$(NEEDS_$@))
-	$(PY) -m extras.paper $@ --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --out $(PAPER) --seeds $(SEEDS) $(PAPER_SCORES)
+	$(PY) -m extras.paper $@ --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --out $(PAPER) \
+	    --seeds $(SEEDS) $(PAPER_SCORES)
 
-# what a stage's files are called is the stages' own business: a mark beside them says that one has ended
+# a .done beside a stage's files says that it has ended
 IN = --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --resume
 HERE = $(IN) --out $(@D) --seed $(patsubst seed%,%,$(notdir $(@D)))
 .SECONDARY:
 $(PAPER)/vqgan.done: | .venv/ready
+	@$(GET_DATA)
 	$(PY) data.py --data $(DATA) --note $(PAPER)/data
-	$(PY) $(PAPER_STAGE0) && touch $@
+	$(MAKE_VQGAN) && touch $@
 %/vqgan.done: $(PAPER)/vqgan.done
 	mkdir -p $(@D) && cp $(PAPER)/*.pt $(@D) && touch $@
 %/nativetok_$(S).done: %/vqgan.done

@@ -1,33 +1,27 @@
-"""Stage 3: a generator learns which codes follow which, and a sampled code sequence becomes a new image.
+"""Stage 3: a generator learns which codes follow which, and its samples decode to new images.
 
-    python generator.py --mode ar                       # train on the codes of out/<config>'s NativeTok (--tokens)
-    python generator.py --mode maskgit                  # the same with the other generator
-    python generator.py --mode ar --sample 64 --classes 3,bag --seed 1 --guidance_scale 2     # only pictures, please
-    python generator.py --mode ar --tokenizer out/toy/vqgan.pt      # any tokenizer; here the 2-D VQGAN (Table 1, row 1)
+    python generator.py --mode ar  # or maskgit; on the codes of the tokenizer in --out
+    python generator.py --mode ar --sample 64 --classes 3,bag --seed 1 --guidance_scale 2
+    python generator.py --mode ar --tokenizer out/toy/vqgan.pt  # the 2-D VQGAN (Table 1, row 1)
 
-Both generators know nothing of images: they model p(codes | class), where codes are L numbers below K.
-- AR (LlamaGen): p(code_0 | class) p(code_1 | class, code_0) ...: one code after the other, in the sequence's order.
-  NativeTok's tokenizer made token i from the image and the tokens before it, so that this order is the natural one.
-- MaskGIT (U-ViT): guesses all hidden codes at once, keeps those it is surest of, hides the rest and guesses again.
-Both also learn p(codes) without a class, for classifier-free guidance: logits move away from those without a class.
-What trains here: all of the generator. The tokenizer is frozen; its codes of all images are extracted once.
+Both model p(codes | class), codes being L numbers below K from a frozen tokenizer, and p(codes),
+for classifier-free guidance:
+- AR (LlamaGen): p(code_0 | class) p(code_1 | class, code_0) ..., the order NativeTok is made for.
+- MaskGIT (U-ViT): predicts all masked codes at once, keeps those it is most confident of, repeats.
 
-Letters: B batch, L tokens, K codes in the codebook, D width, h heads, T positions read at once (L, 1 + L, or 1),
-n images of a data set, R rows of a batch with guidance (2B, or B without), H W pixels.
+Letters: B batch, H W pixels, L tokens, K codes in the codebook, D width, h heads, T length of a
+sequence, n images of a set. With guidance, R = 2B sequences: with their class, then without.
 """
-import difflib
 import math
-import re
-from collections import OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
 import trainer
@@ -35,173 +29,147 @@ from tokenizer import default_tokenizer, load_tokenizer
 from trainer import BadInput, TrainConfig
 from vqgan import load_vqgan
 
-GUIDANCE = ("constant", "linear", "power-cosine")
-SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps")     # may change after training
-
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    mode: str = "ar"                # ar: one code after the other; maskgit: many at once
-    tokens: int = 32                # L; picks the tokenizer's file in --out; with --tokenizer it is that one's
-    codebook_size: int = 4096       # K; read off the tokenizer
+    mode: Literal["ar", "maskgit"] = "ar"   # one code after the other, or many at once
+    tokens: int = 32                # L: picks the tokenizer in --out
+    codebook_size: int = 4096       # K: read off the tokenizer
     num_classes: int = 1000         # read off the data
     width: int = 768                # D
     layers: int = 12                # blocks; MaskGIT has one more, in the middle
     heads: int = 12                 # h
-    dropout: float = 0.1            # AR: on embeddings, attention output and feed-forward output
+    dropout: float = 0.1            # AR: on embeddings, attention and feed-forward output
     class_dropout: float = 0.1      # share of the training images whose class is hidden
-    views: int = 2                  # of an image: 1 is its middle, 2 its flip too (paper, F.1), 10 LlamaGen's ten crops
-    rope: str = "1d"                # AR: positions of a sequence (1d) or of a square grid (2d)
+    views: int = 2                  # of an image: 1, 2 (and its flip; F.1), 10 (LlamaGen's crops)
+    rope: Literal["1d", "2d"] = "1d"        # AR: positions of a sequence or of a square grid
     label_smoothing: float = 0.1    # MaskGIT
-    unmasked_weight: float = 0.1    # MaskGIT: weight of the codes it can see, beside 1 for hidden ones
+    unmasked_weight: float = 0.1    # MaskGIT: weight of the codes it can see; masked ones have 1
     guidance_scale: float = 2.0     # sampling: 1 is without guidance
-    guidance: str = "constant"      # sampling, MaskGIT alone: constant, linear or power-cosine over the steps
-    temperature: float = 1.0        # sampling: of the softmax (AR), or of the noise, falling to 0 (MaskGIT)
+    guidance: Literal["constant", "linear", "power-cosine"] = "constant"    # sampling, MaskGIT
+    temperature: float = 1.0        # sampling: of the softmax (AR), of the noise (MaskGIT)
     top_k: int = 0                  # sampling, AR: only the k likeliest codes; 0: all
     sampling_steps: int = 8         # sampling, MaskGIT: forward passes
 
     def __post_init__(self):
-        trainer.choose("--mode", self.mode, ("ar", "maskgit"))
-        trainer.choose("--rope", self.rope, ("1d", "2d"))
-        trainer.choose("--guidance", self.guidance, GUIDANCE)
-        if self.heads < 1 or self.width % (4 * self.heads):
-            raise BadInput(f"--width {self.width}: not a multiple of 4 times --heads {self.heads}")
+        if self.width % (4 * self.heads):   # 4: pairs of channels, in two halves for rope 2d
+            raise BadInput(f"--width {self.width}: choose a multiple of 4 x --heads {self.heads}")
         if self.mode == "maskgit" and self.layers % 2:
-            raise BadInput(f"--layers {self.layers}: a U-ViT needs an even number, half before its middle, half after")
+            raise BadInput(f"--layers {self.layers}: a U-ViT needs an even number, for its skips")
         if self.views not in (1, 2, 10):
-            raise BadInput(f"--views {self.views}: must be 1, 2 or 10")
-        for name, least in {"temperature": 0, "top_k": 0, "sampling_steps": 1, "layers": 1}.items():
-            if not getattr(self, name) >= least:
-                raise BadInput(f"--{name} {getattr(self, name)}: must be at least {least}")
-
-    @property
-    def feed_forward(self) -> int:  # SwiGLU has three matrices where others have two: 2/3 of 4 D, a multiple of 256
-        return -(-int(2 / 3 * 4 * self.width) // 256) * 256
+            raise BadInput(f"--views {self.views}: choose 1, 2 or 10")
 
 
+SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps")
 LLAMAGEN_B = GeneratorConfig()
-UVIT_L = GeneratorConfig(mode="maskgit", tokens=128, width=1024, layers=20, heads=16, guidance_scale=6.9,
-                         guidance="power-cosine", temperature=2.8, sampling_steps=64)      # sampled as TiTok-S-128
-TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4, dropout=0.0,
-                      views=1, guidance_scale=1.5)
+UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, temperature=2.8,
+                         guidance_scale=6.9, guidance="power-cosine", sampling_steps=64)
+TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4,
+                      dropout=0.0, views=1, guidance_scale=1.5)
 PRESETS = {
     "ar_toy": TOY,
-    "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),     # at 1 the samples of a class repeat each other
-    "ar_full": LLAMAGEN_B,                                                              # paper, Table 1
+    "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),  # at 1, samples repeat
+    "ar_small": LLAMAGEN_B,
+    "maskgit_small": replace(UVIT_L, tokens=32, width=768, layers=12, heads=12),
+    "ar_full": LLAMAGEN_B,   # paper, Table 1
+    "maskgit_full": UVIT_L,  # Table 2; sampled as TiTok-S-128
     "llamagen_b": LLAMAGEN_B,
     "llamagen_l": replace(LLAMAGEN_B, width=1024, layers=24, heads=16),
-    "maskgit_full": UVIT_L,                                                             # paper, Table 2
     "maskgit_uvit_l": UVIT_L,
 }
-TOY_TRAINING = TrainConfig(steps=700, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4, warmup=50, beta2=0.95,
-                           weight_decay=0.05, ema=0.99, workers=0, log_every=25, save_every=350, preview_every=350)
-LLAMAGEN_TRAINING = TrainConfig(steps=1_500_000, end_learning_rate=1e-4, warmup=0, beta2=0.95, weight_decay=0.05)
 TRAINING = {
-    "ar_toy": TOY_TRAINING,
-    "maskgit_toy": replace(TOY_TRAINING, steps=1100, beta2=0.96, weight_decay=0.03, save_every=400, preview_every=550),
-    "ar": LLAMAGEN_TRAINING,            # 300 epochs of ImageNet, constant learning rate
-    "maskgit": TrainConfig(batch_size=2048, learning_rate=2e-4, warmup=10_000, beta2=0.96, weight_decay=0.03),
+    "ar_toy": TrainConfig(steps=700, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4,
+                          warmup=50, beta2=0.95, weight_decay=0.05, ema=0.99, workers=0,
+                          log_every=25, save_every=350, preview_every=350),
+    "ar_full": TrainConfig(steps=1_500_000, micro_batch=256, end_learning_rate=1e-4, warmup=0,
+                           beta2=0.95, weight_decay=0.05),  # 300 epochs, constant learning rate
+    "maskgit_full": TrainConfig(batch_size=2048, micro_batch=512, learning_rate=2e-4,
+                                warmup=10_000, beta2=0.96, weight_decay=0.03),
 }
+TRAINING["maskgit_toy"] = replace(TRAINING["ar_toy"], steps=1100, beta2=0.96, weight_decay=0.03)
+TRAINING |= {f"{mode}_small": replace(TRAINING[f"{mode}_full"], micro_batch=128)
+             for mode in ("ar", "maskgit")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing a code from logits: shared by both generators
+# ---- Drawing a code from logits
 
-def noise(count, shape, generator, device):
-    """Uniform numbers in (0, 1], [count, *shape].
-
-    Each sample takes one number from `generator` (None: torch's own) and makes all its noise from that alone. So sample
-    j of a seed is the same whether it is drawn in one batch with the others or in many, one after the other (as far as
-    the network's own rounding does not depend on the batch).
-    """
-    where = generator.device if generator is not None else "cpu"
-    seeds = torch.randint(2 ** 62, (count,), generator=generator, device=where).tolist()
-    return torch.stack([1 - torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+def gumbel(like, generator=None):
+    """Gumbel noise of the shape of `like`."""
+    return -torch.empty_like(like).exponential_(generator=generator).clamp(min=1e-10).log()
 
 
-def sample(logits, temperature, uniform):
-    """Codes [...] drawn from softmax(logits / temperature): logits [..., K], uniform [...] in (0, 1].
-
-    The code at which the summed probabilities reach the uniform number times their total, which rounding leaves at
-    not quite 1; at temperature 0 the likeliest code. It has the distribution of argmax(logits + temperature * Gumbel
-    noise), MaskGIT's way, for one random number instead of K.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    reached = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)            # [..., K], ends at about 1
-    return (reached < uniform[..., None] * reached[..., -1:]).sum(dim=-1)
+def sample(logits, temperature, generator=None, top_k=0):
+    """Codes [...] drawn from softmax(logits / temperature), logits [..., K]; temperature 0: the
+    likeliest. top_k: only the k likeliest; 0 is all."""
+    if top_k:
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]   # [..., 1]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    return (logits + temperature * gumbel(logits, generator)).argmax(dim=-1)    # Gumbel-max trick
 
 
 def guide(logits, scale):
-    """Classifier-free guidance. logits [2B, ...], with the class and then without -> [B, ...]. Scale 1: no change."""
+    """Classifier-free guidance: logits [2B, ...] -> [B, ...]. Scale 1 is without guidance."""
     with_class, without = logits.chunk(2)
     return without + scale * (with_class - without)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# AR: LlamaGen (arXiv 2406.06525). Attribute names are those of the public weights: these load without a table of names
+# ---- AR: LlamaGen (arXiv 2406.06525). Attribute names are those of its public weights
 
-def rotary(length, head_width, kind, device):
-    """How far each position turns each pair of channels: complex [T, D/h/2]. Row 0 is the class token's, row 1 + i that
-    of code i, which is turned by i.
-
-    The class token's numbers are zero, not one: its query and key vanish, and later positions give it the logit 0.
-    LlamaGen was trained so. 2d: the first half of the pairs turns by the code's row, the second half by its column.
-    """
-    position = torch.arange(length - 1, device=device)                                 # of the codes: the first has 0
-    parts = [position] if kind == "1d" else [position // math.isqrt(length), position % math.isqrt(length)]
-    pairs = head_width // 2 // len(parts)
-    speed = 10_000.0 ** (-torch.arange(pairs, device=device) / pairs)
-    angle = torch.cat([torch.outer(part, speed) for part in parts], dim=1)             # [T - 1, D/h/2]
-    return F.pad(torch.polar(torch.ones_like(angle), angle), (0, 0, 1, 0))             # a row of zeros in front
+def rotary(config, length, device):
+    """How far each position rotates each pair of channels: complex [T, D/h/2]. 2d: half of
+    the pairs turn by the code's row in the grid, half by its column. Row 0, the class token's, is
+    zero and not one, as LlamaGen was trained: its query and key vanish."""
+    position, grid = torch.arange(length - 1, device=device), math.isqrt(length)
+    parts = [position] if config.rope == "1d" else [position // grid, position % grid]
+    pairs = config.width // config.heads // 2 // len(parts)
+    frequency = 10_000.0 ** (-torch.arange(pairs, device=device) / pairs)
+    angle = torch.cat([torch.outer(part, frequency) for part in parts], dim=1)  # [T - 1, D/h/2]
+    return F.pad(torch.polar(torch.ones_like(angle), angle), (0, 0, 1, 0))      # [T, D/h/2]
 
 
-def turn(x, rotation):
-    """Rotate neighbouring channels (2i, 2i + 1), seen as one complex number. x [B, h, T, D/h], rotation [T, D/h/2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                    # complex [B, h, T, D/h/2]
+def apply_rotary(x, rotation):
+    """Rotate channels (2i, 2i + 1), seen as one complex number. x [B, h, T, D/h]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, h, T, D/h/2]
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 
 
 class LlamaBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        width, hidden = config.width, config.feed_forward
+        width = config.width
+        hidden = -(-int(2 / 3 * 4 * width) // 256) * 256  # SwiGLU has 3 matrices, not 2
         self.heads, self.dropout = config.heads, nn.Dropout(config.dropout)
+        linear = partial(nn.Linear, bias=False)
         self.attention_norm = nn.RMSNorm(width, eps=1e-5)
-        self.attention = nn.ModuleDict({"wqkv": nn.Linear(width, 3 * width, bias=False),
-                                        "wo": nn.Linear(width, width, bias=False)})
+        self.attention = nn.ModuleDict({"wqkv": linear(width, 3 * width),
+                                        "wo": linear(width, width)})
         self.ffn_norm = nn.RMSNorm(width, eps=1e-5)
-        self.feed_forward = nn.ModuleDict({"w1": nn.Linear(width, hidden, bias=False),
-                                           "w3": nn.Linear(width, hidden, bias=False),
-                                           "w2": nn.Linear(hidden, width, bias=False)})
+        self.feed_forward = nn.ModuleDict({"w1": linear(width, hidden), "w3": linear(width, hidden),
+                                           "w2": linear(hidden, width)})
 
     def forward(self, x, rotation, cache=None, position=0):
-        """x [B, T, D] -> [B, T, D], each position attending to itself and those before it.
-
-        With a cache, [2, B, h, L, D/h] of the keys and values so far, T is 1: the token at `position`, which is written
-        to the cache and attends to all that is there.
-        """
-        q, k, v = self.attention.wqkv(self.attention_norm(x)).chunk(3, dim=-1)         # 3 x [B, T, D]
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))    # 3 x [B, h, T, D/h]
-        q, k = turn(q, rotation), turn(k, rotation)
+        """x [B, T, D] -> [B, T, D]; each position attends to itself and those before it. With a
+        cache [2, B, h, L, D/h] of keys and values, x is the one token at `position`."""
+        q, k, v = self.attention.wqkv(self.attention_norm(x)).chunk(3, dim=-1)  # 3 x [B, T, D]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)  # [B, h, T, D/h]
         if cache is not None:
             cache[:, :, :, position:position + 1] = torch.stack([k, v])
-            k, v = cache[:, :, :, :position + 1]                                       # 2 x [B, h, position + 1, D/h]
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)        # [B, h, T, D/h]
-        x = x + self.dropout(self.attention.wo(seen.transpose(1, 2).flatten(2)))       # [B, T, D]
+            k, v = cache[:, :, :, :position + 1]    # 2 x [B, h, position + 1, D/h]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)   # [B, h, T, D/h]
+        x = x + self.dropout(self.attention.wo(y.transpose(1, 2).flatten(2)))  # [B, T, D]
         y, f = self.ffn_norm(x), self.feed_forward
-        return x + self.dropout(f.w2(F.silu(f.w1(y)) * f.w3(y)))                       # SwiGLU
+        return x + self.dropout(f.w2(F.silu(f.w1(y)) * f.w3(y)))  # SwiGLU
 
 
 class ARGenerator(nn.Module):
-    """p(codes | class) as a product over positions: logits at position i read the class and codes[:, :i]."""
-
+    """p(codes | class) as a product: logits at position i read the class and codes[:, :i]."""
     def __init__(self, config):
         super().__init__()
         if config.rope == "2d" and math.isqrt(config.tokens) ** 2 != config.tokens:
-            raise BadInput(f"--rope 2d: {config.tokens} tokens are not a square grid. Use --rope 1d")
+            raise BadInput(f"--rope 2d: {config.tokens} tokens are not a square grid")
         self.config = config
-        self.cls_embedding = nn.ModuleDict({                                           # the last row: "no class"
+        self.cls_embedding = nn.ModuleDict({  # the last row: "no class"
             "embedding_table": nn.Embedding(config.num_classes + 1, config.width)})
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -210,190 +178,168 @@ class ARGenerator(nn.Module):
         self.output = nn.Linear(config.width, config.codebook_size, bias=False)
         for p in self.parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02)                                           # GPT-2's, as LlamaGen
+                nn.init.normal_(p, std=0.02)  # GPT-2's, as LlamaGen
 
-    def class_token(self, labels, drop_label):                                         # [B], bool [B] -> [B, 1, D]
-        return self.cls_embedding.embedding_table(labels.masked_fill(drop_label, self.config.num_classes))[:, None]
+    def class_token(self, labels, drop_label=None):  # [B], bool [B] -> [B, 1, D]
+        if drop_label is not None:
+            labels = labels.masked_fill(drop_label, self.config.num_classes)
+        return self.cls_embedding.embedding_table(labels)[:, None]
 
     def forward(self, codes, labels, drop_label=None):
-        """codes int64 [B, L] below K, labels int64 [B], drop_label bool [B] (True: hide the class) -> logits [B, L, K].
-
-        Nobody reads the last code: there is nothing after it to predict.
-        """
-        drop_label = torch.zeros_like(labels, dtype=torch.bool) if drop_label is None else drop_label
-        x = torch.cat([self.class_token(labels, drop_label), self.tok_embeddings(codes[:, :-1])], dim=1)
-        x, rotation = self.dropout(x), self.rotation(codes.shape[1])                   # [B, L, D], [L, D/h/2]
+        """codes int64 [B, L] below K, labels int64 [B], drop_label bool [B] (True: hide the class)
+        -> logits [B, L, K]. The last code is not read: there is nothing after it to predict."""
+        x = [self.class_token(labels, drop_label), self.tok_embeddings(codes[:, :-1])]
+        x = self.dropout(torch.cat(x, dim=1))                         # [B, L, D]
+        rotation = rotary(self.config, codes.shape[1], codes.device)  # [L, D/h/2]
         for layer in self.layers:
             x = layer(x, rotation)
-        return self.output(self.norm(x))                                               # [B, L, K]
-
-    def rotation(self, length):
-        return rotary(length, self.config.width // self.config.heads, self.config.rope, self.output.weight.device)
+        return self.output(self.norm(x))  # [B, L, K]
 
     @torch.no_grad()
     def generate_plain(self, labels, guidance_scale=1.0, temperature=1.0, top_k=0, generator=None):
-        """labels int64 [B] -> codes int64 [B, L]. The plain version: the whole sequence is computed again for every
-        code, and guidance in a second pass. `generate` gives the same codes, faster."""
-        device, tokens = self.output.weight.device, self.config.tokens
-        uniform = noise(len(labels), (tokens,), generator, device)                     # [B, L]
-        codes = torch.zeros(len(labels), tokens, dtype=torch.int64, device=device)    # nobody reads codes not yet drawn
-        for i in range(tokens):
-            logits = self(codes, labels)[:, i]                                         # [B, K]
+        """The same codes as from `generate`, with the whole sequence computed for every code."""
+        codes = labels.new_zeros(len(labels), self.config.tokens)  # [B, L]
+        for i in range(self.config.tokens):     # logits at i do not read the zeros
+            logits = self(codes, labels)[:, i]  # [B, K]
             if guidance_scale != 1:
                 without = self(codes, labels, torch.ones_like(labels, dtype=torch.bool))[:, i]
                 logits = without + guidance_scale * (logits - without)
-            codes[:, i] = sample(keep_likeliest(logits, top_k), temperature, uniform[:, i])
+            codes[:, i] = sample(logits, temperature, generator, top_k)
         return codes
 
     @torch.no_grad()
     def generate(self, labels, guidance_scale=1.0, temperature=1.0, top_k=0, generator=None):
-        """labels int64 [B] -> codes int64 [B, L].
-
-        guidance_scale s: logits are without + s * (with class - without), 1 is no guidance. top_k: only the k likeliest
-        codes, 0 is all, 1 is greedy. generator: see `noise`. Keys and values of earlier positions are kept, and both
-        halves of the guidance are one batch: R rows, 2B with guidance and B without.
-        """
-        c, device, count = self.config, self.output.weight.device, len(labels)
-        uniform = noise(count, (c.tokens,), generator, device)                         # [B, L]
-        repeats = 1 if guidance_scale == 1 else 2
-        drop_label = torch.arange(repeats * count, device=device) >= count             # [R]
-        cache = torch.zeros(c.layers, 2, repeats * count, c.heads, c.tokens, c.width // c.heads, device=device,
-                            dtype=self.output.weight.dtype)                            # [layers, 2, R, h, L, D/h]
-        rotation, codes = self.rotation(c.tokens), []
-        x = self.class_token(labels.repeat(repeats), drop_label)                       # [R, 1, D]
+        """labels int64 [B] -> codes int64 [B, L]. Keeps keys and values of earlier positions; both
+        halves of the guidance are one batch. Another batch size acts as another seed.
+        guidance_scale, top_k: see guide and sample."""
+        c, B, device = self.config, len(labels), labels.device
+        R = B if guidance_scale == 1 else 2 * B
+        drop_label = torch.arange(R, device=device) >= B  # [R]
+        cache = torch.zeros(c.layers, 2, R, c.heads, c.tokens, c.width // c.heads, device=device,
+                            dtype=self.output.weight.dtype)     # of keys and values
+        rotation, codes = rotary(c, c.tokens, device), []       # [L, D/h/2]
+        x = self.class_token(labels.repeat(R // B), drop_label)  # [R, 1, D]
         for i in range(c.tokens):
-            for layer, kept in zip(self.layers, cache):
+            for layer, kept in zip(self.layers, cache):  # kept: [2, R, h, L, D/h]
                 x = layer(x, rotation[i:i + 1], kept, i)
-            logits = self.output(self.norm(x[:, 0]))                                   # [R, K]
-            logits = logits if guidance_scale == 1 else guide(logits, guidance_scale)  # [B, K]
-            codes.append(sample(keep_likeliest(logits, top_k), temperature, uniform[:, i]))
-            x = self.tok_embeddings(codes[-1].repeat(repeats))[:, None]                # [R, 1, D]
+            logits = self.output(self.norm(x[:, 0]))                    # [R, K]
+            logits = logits if R == B else guide(logits, guidance_scale)  # [B, K]
+            codes.append(sample(logits, temperature, generator, top_k))
+            x = self.tok_embeddings(codes[-1].repeat(R // B))[:, None]  # [R, 1, D]
         return torch.stack(codes, dim=1)
 
 
-def keep_likeliest(logits, k):
-    """logits [B, K] with -inf for all but the k largest; k = 0 keeps all."""
-    if k == 0:
-        return logits
-    smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
-    return logits.masked_fill(logits < smallest, -math.inf)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MaskGIT (arXiv 2202.04200) with a U-ViT (arXiv 2209.12152), as TiTok has it; names are those of its weights again
+# ---- MaskGIT (arXiv 2202.04200) with a U-ViT (arXiv 2209.12152), as TiTok; its weights' names
 
 class UViTBlock(nn.Module):
-    """A pre-norm transformer block. Those after the middle first take in what their mirror block gave (skip)."""
-
+    """A pre-norm block. Those after the middle first take in their mirror block's output (skip)."""
     def __init__(self, config, skip=False):
         super().__init__()
         width, self.heads = config.width, config.heads
         self.norm1 = nn.LayerNorm(width)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width, bias=False), "proj": nn.Linear(width, width)})
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width, bias=False),
+                                   "proj": nn.Linear(width, width)})
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(),
-                                             fc2=nn.Linear(4 * width, width)))
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width),
+                                  "fc2": nn.Linear(4 * width, width)})
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
 
-    def forward(self, x, skip=None):                                                   # [B, T, D] -> [B, T, D]
+    def forward(self, x, skip=None):  # [B, T, D] -> [B, T, D]
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        q, k, v = self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)                        # 3 x [B, T, D]
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))    # [B, h, T, D/h]
-        seen = F.scaled_dot_product_attention(q, k, v)                                 # all see all
-        x = x + self.attn.proj(seen.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        q, k, v = self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)  # 3 x [B, T, D]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v)  # [B, h, T, D/h], no mask
+        x = x + self.attn.proj(y.transpose(1, 2).flatten(2))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
 class MaskGITGenerator(nn.Module):
-    """Logits for every position from the codes that are not hidden. A code equal to K is the mask.
-
-    One table embeds all: K codes, the mask (K), the classes (K + 1 ...), and "no class" (the last).
-    """
-
+    """Logits for every position from the codes that are not masked. One table embeds all: K codes,
+    the mask (K), the classes (K + 1 ...), and "no class" (the last)."""
     def __init__(self, config):
         super().__init__()
         self.config, self.mask = config, config.codebook_size
-        self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, config.width)
+        self.embeddings = nn.Embedding(self.mask + config.num_classes + 2, config.width)
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.tokens, config.width))
-        self.in_blocks = nn.ModuleList(UViTBlock(config) for _ in range(config.layers // 2))
+        half = config.layers // 2
+        self.in_blocks = nn.ModuleList(UViTBlock(config) for _ in range(half))
         self.mid_block = UViTBlock(config)
-        self.out_blocks = nn.ModuleList(UViTBlock(config, skip=True) for _ in range(config.layers // 2))
+        self.out_blocks = nn.ModuleList(UViTBlock(config, skip=True) for _ in range(half))
         self.norm = nn.LayerNorm(config.width)
         self.lm_head = nn.Linear(config.width, config.codebook_size)
         for name, p in self.named_parameters():
             if p.ndim >= 2:
-                nn.init.trunc_normal_(p, std=0.02)                                     # ViT's
+                nn.init.trunc_normal_(p, std=0.02)  # ViT's
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, codes, labels, drop_label=None):
-        """codes int64 [B, L], K being the mask; labels [B]; drop_label bool [B] hides the class -> logits [B, L, K]."""
-        drop_label = torch.zeros_like(labels, dtype=torch.bool) if drop_label is None else drop_label
-        class_token = self.mask + 1 + labels.masked_fill(drop_label, self.config.num_classes)       # [B]
-        x = self.embeddings(torch.cat([class_token[:, None], codes], dim=1)) + self.pos_embed       # [B, 1 + L, D]
-        skips = []
+        """codes int64 [B, L], K being the mask; labels int64 [B]; drop_label bool [B] (True: hide
+        the class) -> logits [B, L, K]."""
+        if drop_label is not None:
+            labels = labels.masked_fill(drop_label, self.config.num_classes)
+        x = torch.cat([self.mask + 1 + labels[:, None], codes], dim=1)  # [B, 1 + L]
+        x, skips = self.embeddings(x) + self.pos_embed, []              # [B, 1 + L, D]
         for block in self.in_blocks:
             x = block(x)
             skips.append(x)
         x = self.mid_block(x)
         for block in self.out_blocks:
-            x = block(x, skips.pop())                                                  # the last first: a U
-        return self.lm_head(self.norm(x[:, 1:]))                                       # [B, L, K]
+            x = block(x, skips.pop())             # the last first: a U
+        return self.lm_head(self.norm(x[:, 1:]))  # [B, L, K]
 
     @torch.no_grad()
-    def generate(self, labels, guidance_scale=1.0, steps=8, guidance="constant", temperature=1.0, generator=None):
-        """labels int64 [B] -> codes int64 [B, L], in `steps` forward passes (not more than L: a step fixes a code).
+    def generate(self, labels, guidance_scale=1.0, steps=8, guidance="constant", temperature=1.0,
+                 softmax_temperature_annealing=False, generator=None):
+        """labels int64 [B] -> codes int64 [B, L], in `steps` forward passes, at most L.
 
-        Logits are without + s * (with class - without), s at step t = 0 .. steps-1 and r = t / steps being
-            constant        guidance_scale
-            linear          1 + (guidance_scale - 1) * r
-            power-cosine    1 + (guidance_scale - 1) * (1 - cos(pi * r^3)) / 2
-        TiTok publishes numbers for with class + s * (with class - without): its 4.5 constant or linear is 5.5 here. Its
-        power-cosine numbers are the same here. temperature: step t has noise of temperature * (1 - (t + 1) /
-        steps), which is 0 at the last. It is in the choice of each code and in which codes are kept. generator: see
-        `noise`.
+        guidance_scale: TiTok's constant and linear ones are one less. guidance: the scale is
+        constant or grows from 1. temperature: of the noise, falling to 0, in the choice of codes
+        and of those to keep. softmax_temperature_annealing: divide the logits by what falls to 0.5.
         """
-        trainer.choose("guidance", guidance, GUIDANCE)
-        device, tokens = self.pos_embed.device, self.config.tokens
+        tokens, device = self.config.tokens, self.pos_embed.device
         steps = min(steps, tokens)
-        uniform = noise(len(labels), (steps, 2, tokens), generator, device)            # [B, steps, 2, L]
-        codes = torch.full((len(labels), tokens), self.mask, device=device)            # [B, L], all hidden
-        for t, still_hidden in enumerate(mask_counts(tokens, steps)):
-            r = t / steps
-            strength = {"constant": 1.0, "linear": r, "power-cosine": (1 - math.cos(math.pi * r ** 3)) / 2}[guidance]
-            logits = self.guided_logits(codes, labels, 1 + (guidance_scale - 1) * strength)         # [B, L, K]
-            heat = temperature * (1 - (t + 1) / steps)
-            guess = sample(logits, heat, uniform[:, t, 0])                             # [B, L]
-            gumbel = -torch.log(-torch.log(uniform[:, t, 1].clamp(max=1 - 1e-6)))      # [B, L]
-            sure = logits.gather(-1, guess[..., None])[..., 0] + heat * gumbel         # [B, L], by logit, as TiTok
-            hidden = codes == self.mask
-            codes = torch.where(hidden, guess, codes)
-            sure = sure.masked_fill(~hidden, math.inf)                                 # what is fixed stays fixed
-            codes = codes.scatter(1, sure.topk(still_hidden, largest=False).indices, self.mask)
+        codes = torch.full((len(labels), tokens), self.mask, device=device)  # [B, L]
+        for t, still_masked in enumerate(mask_counts(tokens, steps)):
+            r, remaining = t / steps, 1 - (t + 1) / steps
+            strength = {"constant": 1.0, "linear": r,
+                        "power-cosine": (1 - math.cos(math.pi * r ** 3)) / 2}[guidance]
+            scale = 1 + (guidance_scale - 1) * strength
+            logits = self.guided_logits(codes, labels, scale)  # [B, L, K]
+            if softmax_temperature_annealing:
+                logits = logits / (0.5 + 0.8 * remaining)
+            noise_temperature = temperature * remaining
+            guess = sample(logits, noise_temperature, generator)  # [B, L]
+            logit = logits.gather(-1, guess[..., None])[..., 0]   # [B, L]
+            confidence = logit + noise_temperature * gumbel(logit, generator)
+            masked = codes == self.mask
+            codes = torch.where(masked, guess, codes)
+            confidence = confidence.masked_fill(~masked, math.inf)  # what is fixed stays fixed
+            again = confidence.topk(still_masked, largest=False).indices
+            codes = codes.scatter(1, again, self.mask)
         return codes
 
-    def guided_logits(self, codes, labels, scale):                                     # [B, L], [B] -> [B, L, K]
+    def guided_logits(self, codes, labels, scale):  # [B, L], [B] -> [B, L, K]
         if scale == 1:
             return self(codes, labels)
-        drop_label = torch.arange(2 * len(labels), device=labels.device) >= len(labels)
-        return guide(self(codes.repeat(2, 1), labels.repeat(2), drop_label), scale)    # both halves in one pass
+        drop_label = torch.arange(2 * len(labels), device=labels.device) >= len(labels)  # [R]
+        return guide(self(codes.repeat(2, 1), labels.repeat(2), drop_label), scale)
 
 
 def mask_counts(tokens, steps):
-    """How many codes are still hidden after each step: the arccos schedule, at least one fewer each time, and 0."""
-    counts, hidden = [], tokens
+    """How many codes are masked after each step: arccos schedule, each time at least one fewer."""
+    counts = [tokens]
     for t in range(1, steps):
-        hidden = max(1, min(hidden - 1, int(tokens * math.acos(t / steps) * 2 / math.pi)))
-        counts.append(hidden)
-    return counts + [0]
+        count = int(tokens * math.acos(t / steps) * 2 / math.pi)
+        counts.append(max(1, min(counts[-1] - 1, count)))
+    return counts[1:] + [0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
+# ---- Losses: (model, config, codes int64 [B, L], labels int64 [B]) -> (loss, values for the log)
 
 def ar_loss(model, config, codes, labels):
-    """Next-token cross-entropy, mean over positions. codes [B, L], labels [B] -> (loss, values for the log)."""
+    """Next-token cross-entropy, mean over positions."""
     drop_label = torch.rand(len(labels), device=labels.device) < config.class_dropout  # [B]
     logits = model(codes, labels, drop_label).float()                                  # [B, L, K]
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
@@ -401,273 +347,257 @@ def ar_loss(model, config, codes, labels):
 
 
 def maskgit_loss(model, config, codes, labels):
-    """Hide a random share of the codes and predict them all. codes [B, L], labels [B] -> (loss, values for the log).
-
-    The share is arccos(u) * 2 / pi for uniform u: mostly large, as in the first sampling steps, which matter most.
-    """
+    """Cross-entropy after masking a random share of the codes: arccos(u) * 2 / pi for uniform u,
+    which is mostly large, as in the first sampling steps, which matter most."""
     drop_label = torch.rand(len(labels), device=labels.device) < config.class_dropout  # [B]
     share = torch.acos(torch.rand(len(codes), 1, device=codes.device)) * 2 / math.pi   # [B, 1]
-    count = (share * codes.shape[1]).round().clamp(min=1)                              # [B, 1], at least one hidden
-    hidden = torch.rand(codes.shape, device=codes.device).argsort(dim=1) < count       # [B, L]
-    logits = model(codes.masked_fill(hidden, config.codebook_size), labels, drop_label).float()     # [B, L, K]
-    # flat: for [B, K, L] CUDA has no form of this loss that sums in a fixed order (--deterministic)
-    each = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none",
-                           label_smoothing=config.label_smoothing).view_as(codes)      # [B, L]
-    weight = torch.where(hidden, 1.0, config.unmasked_weight)                          # [B, L]
-    right = (logits.argmax(-1) == codes) & hidden                                      # [B, L]
-    return (each * weight).sum() / weight.sum(), {"accuracy": right.sum() / hidden.sum()}
+    # round, where mask_counts rounds down: as TiTok. Here it is the mean share that must be right
+    count = (share * codes.shape[1]).round().clamp(min=1)                         # [B, 1]
+    masked = torch.rand(codes.shape, device=codes.device).argsort(dim=1) < count  # [B, L]
+    logits = model(codes.masked_fill(masked, config.codebook_size), labels, drop_label).float()
+    # flat: for [B, K, L] CUDA has no form that sums in a fixed order (--deterministic)
+    loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none",
+                           label_smoothing=config.label_smoothing).view_as(codes)  # [B, L]
+    weight = torch.where(masked, 1.0, config.unmasked_weight)                      # [B, L]
+    right = (logits.argmax(-1) == codes) & masked                                  # [B, L]
+    return (loss * weight).sum() / weight.sum(), {"accuracy": right.sum() / masked.sum()}
 
 
 GENERATORS = {"ar": ARGenerator, "maskgit": MaskGITGenerator}
 LOSSES = {"ar": ar_loss, "maskgit": maskgit_loss}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading, and sampling in bulk
+# ---- The code cache: the codes of all images, extracted once, in <out>/codes_<tokenizer>
 
-def stage_of(path):
-    """What a checkpoint says it is; None if it says nothing, and then whoever opens it next says what is wrong."""
-    try:
-        with trainer.open_file(path):       # a pipe: whoever opens it waits
-            stage = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["stage"]
-        return stage if isinstance(stage, str) else None
-    except Exception:                                                                  # torch raises many kinds here
-        return None
+BLOCK = 16_384  # images in a part: what a kill costs each rank at most
 
 
-def load_generator(path, device="cpu"):
-    """A trained ARGenerator or MaskGITGenerator in eval mode, with its averaged weights. Its `.about` is a dict:
-    classes (names), tokenizer (path), fingerprint (tokenizer's), data. Raises BadInput if the file is not one."""
-    stage = stage_of(path) or Path(path).name.split("_")[0]     # a file that says nothing: its name, for the advice
-    mode = stage if stage in GENERATORS else "ar"
-    checkpoint = trainer.load_checkpoint(path, mode, make=f"python generator.py --mode {mode}", device=device)
-    model = trainer.load_model(GENERATORS[mode], GeneratorConfig, checkpoint, path)
-    model.about = checkpoint.get("about")
-    texts = {"tokenizer", "fingerprint", "data"}
-    if not (isinstance(model.about, dict) and model.about.keys() == texts | {"classes"}
-            and all(isinstance(model.about[name], str) for name in texts)
-            and isinstance(model.about["classes"], list) and len(model.about["classes"]) == model.config.num_classes
-            and all(isinstance(name, str) for name in model.about["classes"])):
-        raise BadInput(f"{path}: does not say what its codes and classes mean. Train it again: python generator.py "
-                       f"--mode {mode} --overwrite")
-    return model.to(device)
-
-
-def sample_codes(model, labels, seed=0, batch_size=500, **changes):
-    """labels int64 [n] -> codes int64 [n, L] on the CPU, the same for every batch_size. Sampling settings are those of
-    the model's config; changes: others instead."""
-    c = replace(model.config, **changes)
-    how = {"guidance_scale": c.guidance_scale, "temperature": c.temperature}
-    how |= {"top_k": c.top_k} if c.mode == "ar" else {"steps": c.sampling_steps, "guidance": c.guidance}
-    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
-    parts = tqdm(labels.split(batch_size), "sampling", unit="batch", disable=len(labels) <= batch_size or None, leave=False)
-    return torch.cat([model.generate(part.to(device), generator=generator, **how).cpu() for part in parts])
-
-
-class RasterVQGAN(nn.Module):
-    """A VQGAN as if it were a 1-D tokenizer: its G x G grid of codes row by row, L = G * G."""
-
-    def __init__(self, vqgan):
-        super().__init__()
-        self.vqgan, c = vqgan, vqgan.config
-        self.config = SimpleNamespace(tokens=c.grid ** 2, codebook_size=c.codebook_size, image_size=c.image_size)
-
-    def encode(self, images):                                                          # [B, 3, H, W] -> [B, L]
-        return self.vqgan.encode(images).flatten(1)
-
-    def decode_codes(self, codes):                                                     # [B, L] -> [B, 3, H, W]
-        return self.vqgan.decode_codes(codes.unflatten(1, (self.vqgan.config.grid, -1)))
+def open_tokenizer(path, device="cpu"):
+    """The model whose codes are generated: a NativeTok, a TiTok or a VQGAN; its .path is path."""
+    checkpoint = trainer.load_checkpoint(path, ("vqgan", "tokenizer"), "python tokenizer.py")
+    load = {"vqgan": load_vqgan, "tokenizer": load_tokenizer}[checkpoint["stage"]]
+    tokenizer = load(path, device)
+    tokenizer.path = path
+    return tokenizer
 
 
 def codes_name(tokenizer_path):
-    """What the codes are called in file names: stage 2 changes how codes are painted, not the codes."""
+    """What the codes are called in file names. Stage 2 changes how codes decode, not the codes."""
     return Path(tokenizer_path).stem.removesuffix("_stage2")
 
 
 def codes_fingerprint(tokenizer):
-    """Changes with whatever decides the codes, and not with what paints them. What starts with one of the names below
-    is left out; a tokenizer with other names for its decoder must be listed here."""
-    return trainer.fingerprint(tokenizer, leave_out=("decoder.", "pixel_", "vqgan.decoder.", "quantizer.usage",
-                                                     "vqgan.quantize.usage"))
+    """Changes with the weights that decide the codes, and not with the decoder's."""
+    return trainer.fingerprint(tokenizer, leave_out=("decoder.", "pixel_", "quantizer.usage",
+                                                     "quantize.usage"))
 
 
-def open_tokenizer(path, device="cpu"):
-    return RasterVQGAN(load_vqgan(path, device)) if stage_of(path) == "vqgan" else load_tokenizer(path, device)
+def views_of(images, views, size):
+    """images [B, 3, S, S] -> a list of views [B, 3, H, W]. 10: corners and middle, then flipped."""
+    room = images.shape[-1] - size
+    corners = [(0, 0), (0, room), (room, 0), (room, room), (round(room / 2),) * 2]
+    crops = [images[..., y:y + size, x:x + size] for y, x in corners[:5 if views == 10 else 1]]
+    return (crops + [crop.flip(-1) for crop in crops])[:views]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+@torch.no_grad()
+def extract_codes(run, tokenizer, fingerprint, dataset, folder):
+    """codes [views, n, L] of all images; the ranks share the parts that are not there."""
+    n, views, codebook_size = len(dataset), run.config.views, run.config.codebook_size
+    key = data.hash_of(fingerprint, dataset.fingerprint, n, views, codebook_size, BLOCK)
+    if run.main:    # AR and MaskGIT may start side by side: the second waits for the first
+        lock = trainer.lock(folder / ".lock", wait=True)  # noqa: F841, held until the return
+        for part in {*folder.glob("part_*")} - {*folder.glob(f"part_{key}_*")}:
+            part.unlink()  # of another tokenizer or of other data
+    trainer.gather(None)   # rank 0 is here
+    for i in range(run.rank, math.ceil(n / BLOCK), run.world):
+        part, rows = folder / f"part_{key}_{i:06}.npy", np.arange(n)[i * BLOCK:(i + 1) * BLOCK]
+        if part.exists():
+            continue
+        run.say(f"{part}: codes of images {rows[0]:,} to {rows[-1]:,} of {n:,}")
+        codes = []
+        for images, _ in data.all_images(dataset, 64, rows, run.training.workers):
+            seen = views_of(images.to(run.device), views, tokenizer.config.image_size)
+            codes.append(torch.stack([tokenizer.encode(view) for view in seen]).cpu())
+        codes = torch.cat(codes, dim=1).numpy()  # [views, rows, L]
+        codes = codes.astype(np.uint16 if codebook_size <= 2 ** 16 else np.uint32)
 
-class About:
-    """Facts that a checkpoint carries along: what the codes and labels mean."""
-
-    def __init__(self, **facts):
-        self.facts = facts
-
-    def state_dict(self):
-        return self.facts
-
-    def load_state_dict(self, facts):
-        pass        # Run compares tokenizer and data, as settings
+        def save(temporary):
+            with open(temporary, "wb") as file:  # given a name, np.save would add .npy to it
+                np.save(file, codes)
+        trainer.write_atomically(part, save)
+    trainer.gather(None)  # all parts are there
+    return load_codes(folder)
 
 
-def code_batches(codes, labels, batch_size, seed, step, rank, world):
-    """Endless (codes int64 [B, L], labels int64 [B]) of this rank; batch_size counts all ranks. A pure function of the
-    seed and the step to start at. codes uint16 [views, n, L]: the views of an image take turns, epoch after epoch."""
-    mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    for epochs, rows in data.row_order(len(labels), batch_size, seed % 2 ** 32, step):
-        epochs, rows = epochs[mine], rows[mine]
-        yield (torch.from_numpy(codes[(epochs + rows) % len(codes), rows].astype(np.int64)),
-               torch.from_numpy(labels[rows]))
+def load_codes(folder):
+    """codes [views, n, L] of a complete code cache."""
+    parts = sorted(Path(folder).glob("part_*.npy"))
+    return np.concatenate([np.load(part) for part in parts], axis=1)
 
 
-def extract_codes(run, tokenizer, fingerprint, dataset, path):
-    """(codes uint16 [views, n, L], labels int64 [n]) of all images, made by all ranks together if not there yet."""
-    if not path.exists():
-        numbers = run.config.views * len(dataset) * run.config.tokens
-        data.say(f"{path}: takes {trainer.size(2 * numbers)}, and as much again for a moment")
-    # AR and MaskGIT may be started side by side: then the second waits for the first one's codes
-    held = trainer.lock(path.with_name(f".{path.stem}.lock"), "extracts codes", wait=True) if run.main else None
-    try:
-        return data.token_cache(tokenizer, dataset, path, fingerprint, run.config.views, tokenizer.config.image_size,
-                                device=run.device, workers=run.training.workers, codebook=run.config.codebook_size)
-    finally:
-        trainer.release(held)
+def code_batches(codes, labels, batch_size, seed, step=0, rank=0, world=1, accumulate=1):
+    """As data.batches, for codes [views, n, L], an image's views taking turns by epoch: endless
+    (codes int64 [b, L], labels int64 [b])."""
+    size = batch_size // (world * accumulate)
+    for epochs, indices in data.row_order(len(labels), batch_size, seed, step):
+        for i in range(rank * accumulate, (rank + 1) * accumulate):
+            epoch, rows = epochs[i * size:][:size], indices[i * size:][:size]
+            batch = codes[(epoch + rows) % len(codes), rows].astype(np.int64)
+            yield torch.from_numpy(batch), torch.from_numpy(labels[rows])
 
+
+# ---- Training
 
 def train(args, config, training, tokenizer_path):
-    tokenizer = open_tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path, args.device)
     size = tokenizer.config.image_size
-    size = int(1.1 * size) if config.views == 10 else size      # room for crops: LlamaGen's
-    dataset = data.open_dataset(args.data, "train", size, draft=training.draft)
-    found = {"tokens": tokenizer.config.tokens, "codebook_size": tokenizer.config.codebook_size,
-             "num_classes": len(dataset.classes)}
-    for name, value in found.items():
-        if getattr(args, name, value) != value:
-            raise BadInput(f"--{name} {getattr(args, name)}: {tokenizer_path} and the data have {value}. Leave it out")
+    size = int(1.1 * size) if config.views == 10 else size  # ten crops need some room
+    dataset = data.open_dataset(args.data, "train", size, draft=True)
+    found = {"tokens": tokenizer.config.tokens, "num_classes": len(dataset.classes),
+             "codebook_size": tokenizer.config.codebook_size}
+    for flag, value in found.items():
+        if getattr(args, flag, value) != value:
+            source = args.data if flag == "num_classes" else tokenizer_path
+            raise BadInput(f"--{flag} {getattr(args, flag)}: {source} has {value}. Leave it out")
     config = replace(config, **found)
-    fingerprint = codes_fingerprint(tokenizer)
-    run = trainer.Run(args, config.mode, f"{config.mode}_{codes_name(tokenizer_path)}", config, training, SAMPLING,
-                      images=dataset.content, tokenizer=fingerprint)
-
+    name, fingerprint = codes_name(tokenizer_path), codes_fingerprint(tokenizer)
+    run = trainer.Run(args, config.mode, f"{config.mode}_{name}", config, training, dataset,
+                      may_differ=SAMPLING, tokenizer=fingerprint,
+                      store={"classes": list(dataset.classes), "tokenizer": str(tokenizer_path),
+                             "tokenizer_fingerprint": fingerprint})
     if training.compile:
-        trainer.compile_methods({"ar": LlamaBlock, "maskgit": UViTBlock}[config.mode], "forward")
+        trainer.compile_methods(LlamaBlock if config.mode == "ar" else UViTBlock, "forward")
     model = GENERATORS[config.mode](config).to(run.device)
     parallel, loss_function = run.parallel(model), LOSSES[config.mode]
-    optimizer = run.adamw(model.parameters())
+    optimizer = trainer.adamw(model.parameters(), training)
     ema = trainer.Ema(model, training.ema)
-    run.track(model=model, optimizer=optimizer, ema=ema,
-              about=About(classes=list(dataset.classes), tokenizer=str(tokenizer_path), fingerprint=fingerprint,
-                          data=dataset.fingerprint))
-    tokenizer.to(run.device)
-    path = args.out / f"codes_{codes_name(tokenizer_path)}_train.npy"
-    all_codes, all_labels = extract_codes(run, tokenizer, fingerprint, dataset, path)  # [views, n, L], [n]
-    batches = code_batches(all_codes, all_labels, run.piece, args.seed, run.step * training.accumulate, run.rank,
-                           run.world)
+    all_codes = extract_codes(run, tokenizer, fingerprint, dataset, args.out / f"codes_{name}")
+    batches = code_batches(all_codes, dataset.labels, training.batch_size, args.seed, run.step,
+                           *run.share)
+    run.start(model=model, ema=ema, optimizer=optimizer)
 
-    for step in run.steps():
-        run.set_learning_rate(optimizer, step)
+    for step in range(run.step, training.steps):
+        trainer.set_lr(optimizer, trainer.cosine(step, training))
         optimizer.zero_grad()
-        for codes, labels in run.pieces(batches, parallel):     # [B, L], [B]
+        for codes, labels in run.micro_batches(batches, parallel):  # [B, L], [B]
             with run.autocast():
                 loss, parts = loss_function(parallel, config, codes, labels)
-            (loss / training.accumulate).backward()
+            (loss / run.accumulate).backward()
+            run.add(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
         ema.update(model)
-        run.log(step, loss=loss, grad_norm=grad_norm, **parts)
-        if run.preview(step):                                   # a row a class
-            shown = torch.arange(min(10, config.num_classes)).repeat_interleave(8)
-            path = run.path.with_name(f"{run.path.stem}_preview.png")
-            save_grid(decode(tokenizer, sample_codes(ema.model, shown), run.device), 8, path)
+        run.log(step, grad_norm=grad_norm)
+        if run.preview_due(step):
+            shown = torch.arange(min(10, config.num_classes)).repeat_interleave(8)  # 8 per row
+            images = decode(tokenizer, sample_codes(ema.model, shown))
+            save_grid(images, run.path.with_name(f"{run.path.stem}_preview.png"))
+        run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures
 
-def decode(tokenizer, codes, device):
+def load_generator(path, device="cpu"):
+    """A trained generator in eval mode, with its averaged weights, and .classes (names),
+    .tokenizer_path, .tokenizer_fingerprint. Raises BadInput if the file is not one."""
+    checkpoint = trainer.load_checkpoint(path, tuple(GENERATORS), "python generator.py")
+    model = trainer.load_model(GENERATORS[checkpoint["stage"]], GeneratorConfig, checkpoint, path)
+    model.classes, model.tokenizer_path = checkpoint["classes"], checkpoint["tokenizer"]
+    model.tokenizer_fingerprint = checkpoint["tokenizer_fingerprint"]
+    return model.to(device)
+
+
+def load_pair(path, tokenizer_path=None, device="cpu"):
+    """(generator, tokenizer); by default the one it was trained on, in the same folder, after stage
+    2 if it is there. Raises BadInput for a tokenizer with other codes."""
+    generator = load_generator(path, device)
+    beside = Path(path).with_name(Path(generator.tokenizer_path).name)
+    stage2 = beside.with_name(f"{codes_name(beside)}_stage2.pt")
+    tokenizer = open_tokenizer(tokenizer_path or (stage2 if stage2.exists() else beside), device)
+    if generator.tokenizer_fingerprint != codes_fingerprint(tokenizer):
+        raise BadInput(f"{path}: not trained on the codes of {tokenizer.path}. Name its tokenizer "
+                       f"with --tokenizer, or train it again with --overwrite")
+    return generator, tokenizer
+
+
+def sample_codes(model, labels, seed=0, batch_size=500, **changes):
+    """labels int64 [n] -> codes int64 [n, L] on the CPU, sampled as the model's config says.
+    changes: fields to replace in it. Another batch_size acts as another seed."""
+    c, device = replace(model.config, **changes), next(model.parameters()).device
+    how = {"guidance_scale": c.guidance_scale, "temperature": c.temperature,
+           "generator": torch.Generator(device).manual_seed(seed)}
+    how |= {"top_k": c.top_k} if c.mode == "ar" else {"steps": c.sampling_steps,
+                                                      "guidance": c.guidance}
+    return torch.cat([model.generate(batch.to(device), **how).cpu()
+                      for batch in labels.split(batch_size)])
+
+
+def decode(tokenizer, codes):
     """codes [n, L] -> images [n, 3, H, W] on the CPU."""
-    return torch.cat([tokenizer.decode_codes(batch.to(device)).cpu() for batch in codes.split(100)])
+    codes = codes.to(next(tokenizer.parameters()).device)
+    return torch.cat([tokenizer.decode_codes(batch).cpu() for batch in codes.split(100)])
 
 
-def save_grid(images, columns, path):
-    data.save_picture(data.picture_grid(images, columns, scale=max(1, 64 // images.shape[-1])), path)
+def save_grid(images, path):
+    data.save_picture(data.picture_grid(images, 8, scale=max(1, 64 // images.shape[-1])), path)
 
 
 def find_classes(text, names):
-    """Class numbers for "3,bag": a class's name, its number, or words of its name (then all classes with them).
-
-    Case does not matter. Raises BadInput with near matches.
-    """
-    names, found = [name.lower() for name in names], []
-    for word in (part.strip().lower() for part in text.split(",")):
-        if word in names:
-            found.append(names.index(word))
-        elif word.isdecimal() and int(word) < len(names):
-            found.append(int(word))
-        else:
-            fits = [i for i, name in enumerate(names) if word and re.search(rf"\b{re.escape(word)}\b", name)]
-            if not fits:
-                words = {*names, *(w for name in names for w in re.split(r"\W+", name))}
-                near = difflib.get_close_matches(word, words, n=3)
-                hint = f"Did you mean {' or '.join(near)}? " if near else ""
-                known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-                raise BadInput(f"--classes {word}: no such class. {hint}There are 0 to {len(names) - 1}: {known}")
-            found += fits
+    """Class numbers for "3,bag": names, numbers, or a word that any number of names have."""
+    found, names = [], [name.lower() for name in names]
+    for word in (word.strip() for word in text.lower().split(",")):
+        fits = ([i for i, name in enumerate(names) if word == name]
+                or [i for i in range(len(names)) if word == str(i)]
+                or [i for i, name in enumerate(names) if word in name.split()])
+        if not fits:
+            raise BadInput(f"--classes {word}: no such class. There are 0 to {len(names) - 1}: "
+                           f"{', '.join(names[:12])}{', ...' * (len(names) > 12)}")
+        found += fits
     return found
 
 
 def sample_pictures(args, tokenizer_path, path):
-    """The --sample flag: args.sample pictures as one grid, or with --separate as files in a folder."""
-    model = load_generator(path, args.device)
-    tokenizer = open_tokenizer(tokenizer_path, args.device)
-    if model.about["fingerprint"] != codes_fingerprint(tokenizer):
-        raise BadInput(f"{path}: {tokenizer_path} is not what this was trained on, so its codes mean something else. "
-                       f"Train it again: python generator.py --mode {model.config.mode} --overwrite")
-    for name, value in asdict(model.config).items():
-        if name not in SAMPLING and getattr(args, name, value) != value:
-            raise BadInput(f"--{name} {getattr(args, name)}: {path} was trained with {value}. Leave it out")
-    if args.sample < 1:
-        raise BadInput(f"--sample {args.sample}: must be at least 1")
-    names = model.about["classes"]
-    wanted = torch.tensor(find_classes(args.classes, names) if args.classes else range(len(names)))
-    labels = wanted[torch.arange(args.sample) * len(wanted) // args.sample]            # [n], class after class
-    output = Path(args.output or args.out / f"{path.stem}_samples{'' if args.separate else '.png'}")
-    if output.exists() and not args.overwrite and (args.output or args.separate):
-        raise BadInput(f"{output}: exists. Replace it with --overwrite, or choose another --output")
+    """--sample: new images in one grid, or with --separate as files in a folder."""
+    model, tokenizer = load_pair(path, tokenizer_path, args.device)
+    names = model.classes
     changes = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
-    images = decode(tokenizer, sample_codes(model, labels, args.seed, **changes), args.device)
-    if args.separate:
-        for i, (image, label) in enumerate(zip(images, labels.tolist())):
-            name = f"{i:05d}_{re.sub(r'[^a-z0-9]+', '-', names[label].lower())}.png"
-            data.save_picture(data.picture_grid(image[None], 1), output / name)
-    else:
-        each = len(labels) // len(wanted)
-        rows_of_one_class = each * len(wanted) == len(labels) and each <= 16
-        save_grid(images, each if rows_of_one_class else math.ceil(math.sqrt(len(labels))), output)
-    shown = ", ".join(names[i] for i in labels.unique_consecutive()[:12])
-    print(trainer.printable(f"{output}: {len(labels)} samples of {shown}"))
+    output = Path(args.output or args.out / f"{path.stem}_samples{'' if args.separate else '.png'}")
+    if args.sample < 1:
+        raise BadInput(f"--sample {args.sample}: at least 1")
+    if (args.separate or args.output) and output.exists() and not args.overwrite:
+        raise BadInput(f"{output}: exists. Choose another --output, or add to it with --overwrite")
+    wanted = find_classes(args.classes, names) if args.classes else range(len(names))
+    labels = torch.tensor([wanted[i * len(wanted) // args.sample] for i in range(args.sample)])
+    images = decode(tokenizer, sample_codes(model, labels, args.seed, **changes))
+    if not args.separate:
+        save_grid(images, output)
+    for i, label in enumerate(labels if args.separate else ()):
+        picture = data.picture_grid(images[i:i + 1], 1)
+        data.save_picture(picture, output / f"{i:05}_{names[label].replace('/', '-')}.png")
+    print(f"{output}: {len(labels)} samples")
 
 
 def main():
     parser = trainer.command_line(__doc__, GeneratorConfig, TrainConfig)
-    parser.add_argument("--tokenizer", metavar="FILE", help="whose codes; also a VQGAN. Default: the newest in --out")
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: <mode>_<config>")
-    pictures = parser.add_argument_group("pictures instead of training")
-    pictures.add_argument("--sample", type=int, metavar="N", help="write N new images and stop")
-    pictures.add_argument("--classes", help="names or numbers, such as 3,bag; default: all")
-    pictures.add_argument("--separate", action="store_true", help="a folder of files instead of one grid")
-    pictures.add_argument("--output", metavar="PATH", help="where to write: a .png, or with --separate a folder")
+    parser.add_argument("--tokenizer", metavar="FILE", help="default: that of --tokens in --out")
+    parser.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME",
+                        help="default <mode>_<config>; also llamagen_l")
+    add = parser.add_argument_group("pictures instead of training").add_argument
+    add("--sample", type=int, metavar="N", help="write N new images and stop")
+    add("--classes", help="names or numbers, such as 3,bag; default: all")
+    add("--separate", action="store_true", help="files in a folder, not a grid")
+    add("--output", metavar="PATH", help="a .png, or with --separate a folder")
     args = trainer.parse(parser)
-    mode = trainer.choose("--mode", getattr(args, "mode", "ar"), tuple(GENERATORS))
-    preset = args.preset or f"{mode}_{args.config}"
+    preset = args.preset or f"{getattr(args, 'mode', 'ar')}_{args.config}"
     config = trainer.override(PRESETS[preset], args)
-    training = trainer.override(TRAINING[preset if preset in TRAINING else config.mode], args)
+    training = trainer.override(TRAINING[f"{config.mode}_{args.config}"], args)
     if args.sample is None:
-        data.find(args.data)
-    tokenizer_path = Path(args.tokenizer or default_tokenizer(args.out, config.tokens))
+        data.find_folder(args.data)  # a folder that is missing is named before a tokenizer
+    tokenizer_path = args.tokenizer or default_tokenizer(args.out, config.tokens)
     if args.sample is not None:
-        return sample_pictures(args, tokenizer_path, args.out / f"{config.mode}_{codes_name(tokenizer_path)}.pt")
+        name = f"{config.mode}_{codes_name(tokenizer_path)}.pt"
+        return sample_pictures(args, tokenizer_path, args.out / name)
     train(args, config, training, tokenizer_path)
 
 

@@ -1,198 +1,170 @@
-"""Hierarchical Native Training (section 3.2): grow a NativeTok of few tokens into one of many, and train the new part.
+"""Hierarchical Native Training (section 3.2): grow a NativeTok of few tokens into one of many.
 
-    python tokenizer.py --tokens 8      # first a short one, all of it
-    python hnt.py --tokens 16           # then this: toy 8 -> 16
-    torchrun --nproc_per_node=4 hnt.py --tokens 64      # full (what runs on CUDA): 32 -> 64; again with --tokens 128
+    python tokenizer.py --tokens 8      # first a short one, all of which trains
+    python hnt.py --tokens 16           # then this: 8 -> 16 in the toy
+    torchrun --nproc_per_node=4 hnt.py --tokens 64      # full: 32 -> 64; again with --tokens 128
 
-NativeTok in one breath (tokenizer.py has it in full): the Meta Image Transformer (MIT) reads the image once, X_latent;
-expert i, a small transformer, reads X_latent, the tokens z_0 .. z_{i-1} and a pad token, and what comes out for the pad
-is kept: z_i. One linear layer (to_code) and a quantizer make z_i a code; the token decoder reads all codes.
+NativeTok in short (tokenizer.py has it in full): the Meta Image Transformer (MIT) reads the image
+once; expert i reads its result, the tokens z_0 .. z_{i-1} and a pad token, and writes z_i at the
+pad's position; a linear layer (to_code) and a quantizer make z_i a code; a decoder reads all codes.
 
-Experts are independent modules, and none reads what a later one writes. So a NativeTok of 16 tokens can keep the first
-8 experts of a trained one as they are: as long as these are frozen, their tokens come out the same, to the bit. Growing
-is surgery on the state dict (`grow`): MIT and experts 0 .. 7 are kept, expert 8 + j starts as a copy of expert j. Then
+Experts are separate modules, and none reads what a later one writes. So a NativeTok of 16 tokens
+can keep the first 8 experts of a trained one: while they are frozen, their tokens stay the same, to
+the bit. Growing is surgery on the state dict (`grow`): MIT and experts 0 .. 7 are kept, expert
+8 + j starts as a copy of expert j. Then
 
-    for 90 % of the steps   new experts and token decoder train;
+    for 90 % of the steps   the new experts and the token decoder train;
                             MIT, old experts, pad token, to_code and quantizer are frozen
     for the last 10 %       everything trains
 
-Frozen modules get no gradient (to_code and quantizer still pass one on to the new experts). MIT and the old experts,
-whose inputs need none either, build no graph at all: torch records nothing where neither parameters nor inputs need a
-gradient. So a frozen step is cheaper (the paper: 1.15 s instead of 1.53 s); this script measures by how much.
+MIT and old experts, frozen and with inputs that need no gradient, build no graph, so a frozen step
+is cheaper (the paper: 1.15 s instead of 1.53 s). --strategy (Table 3b): full is random weights and
+everything trains, the comparison; reuse stays frozen to the end; reuse+finetune is the above.
 
---strategy (Table 3b):  full             random weights, everything trains: what HNT is compared with
-                                         (of the source it takes the sizes and the VQGAN's part, pixel_*)
-                        reuse            grow; MIT and old experts stay frozen to the end
-                        reuse+finetune   grow, 90 % frozen, then everything (default)
-
-Letters as in tokenizer.py: B batch, H W pixels, L tokens, D width of the decoder, c length of a code vector.
+Letters as in tokenizer.py: B batch, H W pixels, G side of the VQGAN's grid, D width of the decoder.
 """
 import re
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import nn
-
 import data
 import tokenizer
 import trainer
 import vqgan
-from tokenizer import NativeTok, Stage1
+from tokenizer import NativeTok, Stage1Loss
+from torch import nn
 from trainer import BadInput, TrainConfig
 
-STRATEGIES = ("full", "reuse", "reuse+finetune")
-FROZEN_SHARE = 0.9      # of the steps, under reuse+finetune (section 3.2)
+FROZEN_SHARE = {"full": 0.0, "reuse": 1.0, "reuse+finetune": 0.9}       # of the steps
 TRAINING = {
-    "toy": TrainConfig(steps=1000, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5, warmup=20, ema=0.99,
-                       workers=0, log_every=40, save_every=300, preview_every=600),
+    "toy": TrainConfig(steps=1000, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
+                       warmup=20, ema=0.99, workers=0, log_every=40, save_every=300,
+                       preview_every=600),
+    "small": TrainConfig(steps=450_000),
     "full": TrainConfig(steps=450_000),     # appendix F.1
 }
 
 
 def grow(state_dict, old_tokens, new_tokens):
-    """The state dict of a NativeTok of old_tokens -> one of new_tokens, whose first old_tokens tokens are the same.
+    """The state dict of a NativeTok of old_tokens -> that of one of new_tokens, whose first
+    old_tokens tokens are the same.
 
-    Expert old + j and its row in the decoder's latent positions start as copies of those of token j (of j modulo old,
-    where new > 2 old). Everything else is taken over. Raises BadInput unless new_tokens > old_tokens.
+    Expert old + j and its row of the decoder's latent positions start as copies of those of token
+    j modulo old. Everything else is kept. Raises BadInput unless new_tokens > old_tokens.
     """
     if new_tokens <= old_tokens:
-        raise BadInput(f"--tokens {new_tokens}: HNT grows; the tokenizer it starts from has {old_tokens} already")
-    # origin: new token -> the old one whose weights it starts with
-    origin = [i if i < old_tokens else (i - old_tokens) % old_tokens for i in range(new_tokens)]
-    grown = {}
-    for key, value in state_dict.items():
-        if key == "decoder.latent_positions":
-            grown[key] = value[:, origin].clone()                           # [1, new, D]
-        elif not key.startswith("mocet.experts."):
-            grown[key] = value.clone()
+        raise BadInput(f"--tokens {new_tokens}: HNT grows, and its source has {old_tokens} already")
+    origin = [token % old_tokens for token in range(new_tokens)]    # whose weights each starts with
+    grown = {key: value.clone() for key, value in state_dict.items()
+             if not key.startswith("mocet.experts.")}
+    positions = grown["decoder.latent_positions"]                           # [1, old, D]
+    grown["decoder.latent_positions"] = positions[:, origin]                # [1, new, D]
     for token, source in enumerate(origin):
         prefix = f"mocet.experts.{source}."
         for key, value in state_dict.items():
             if key.startswith(prefix):
-                grown[f"mocet.experts.{token}.{key[len(prefix):]}"] = value.clone()
+                grown[f"mocet.experts.{token}.{key.removeprefix(prefix)}"] = value.clone()
     return grown
 
 
 def freeze_reused(model, reused_tokens):
-    """Freeze what decides the first reused_tokens codes: MIT, their experts, pad token, to_code, quantizer.
-
-    What is left to train: the new experts and the token decoder (56 % of NativeTok-64's parameters, 55 % of -128's).
-    """
+    """Freeze what decides the first reused_tokens codes. The new experts and the token decoder are
+    left to train: 56 % of NativeTok-64's parameters, 55 % of NativeTok-128's."""
     for part in (model.mit, *model.mocet.experts[:reused_tokens], model.to_code, model.quantizer):
         part.requires_grad_(False)
     model.mocet.pad_token.requires_grad_(False)
 
 
 def unfreeze(model):
-    """Everything trains, but for the VQGAN's part (pixel_codebook, pixel_decoder), which stage 1 leaves alone."""
+    """Everything trains but the VQGAN's part (pixel_codebook, pixel_decoder), as in stage 1."""
     for part in (model.mit, model.mocet, model.to_code, model.quantizer, model.decoder):
         part.requires_grad_(True)
 
 
 def find_source(args, tokens):
-    """The checkpoint to grow: --source, or the longest shorter nativetok_N.pt in the folder."""
-    if args.source:
-        return args.source
-    found = [(int(m[1]), p) for p in args.out.glob("nativetok_*.pt") if (m := re.fullmatch(r"nativetok_(\d+)", p.stem))]
-    shorter = [pair for pair in found if pair[0] < tokens]
-    if not shorter:
-        raise BadInput(f"{args.out}: no NativeTok of fewer than {tokens} tokens there to grow. Train it first: "
-                       f"python tokenizer.py --tokens {max(1, tokens // 2)}")
-    return max(shorter)[1]
-
-
-def step_ratio(run, model, reused, teacher, images):
-    """Seconds of a frozen forward and backward / those of a full one, taken in turn. Leaves all of the model to train.
-    """
-    stage = Stage1(model)
-
-    def step(prepare, *args):
-        prepare(model, *args)
-        with run.autocast():
-            loss = stage(images, teacher.encode(images).flatten(1))[0]
-        loss.backward()
-        model.zero_grad()
-
-    unfreeze(model)
-    seconds = trainer.take_turns({"full": lambda: step(unfreeze), "frozen": lambda: step(freeze_reused, reused)}, 5,
-                                 images.device)
-    unfreeze(model)
-    return seconds["frozen"] / seconds["full"]
+    """The checkpoint to grow: --source, or the longest shorter nativetok_N.pt in --out."""
+    found = [(int(m[1]), path) for path in args.out.glob("nativetok_*.pt")
+             if (m := re.fullmatch(r"nativetok_(\d+)", path.stem)) and int(m[1]) < tokens]
+    if not (args.source or found):
+        raise BadInput(f"{args.out}: no NativeTok of fewer than {tokens} tokens there to grow. "
+                       f"Train it first: python tokenizer.py --tokens {max(1, tokens // 2)}")
+    return args.source or max(found)[1]
 
 
 def train(args):
-    data.find(args.data)
-    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt", make=vqgan.MAKE[args.config])
-    tokens = {"toy": 16, "full": 64}[args.config] if args.tokens is None else args.tokens
-    if tokens < 2:
-        raise BadInput(f"--tokens {tokens}: HNT grows a tokenizer, so at least 2")
+    training = trainer.override(TRAINING[args.config], args)
+    data.find_folder(args.data)     # what is missing is named before an earlier stage is
+    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt", args.device)   # frozen
+    tokens = args.tokens or {"toy": 16}.get(args.config, 64)
     source_path = find_source(args, tokens)
     source = tokenizer.load_tokenizer(source_path)
     if source.config.model != "nativetok":
-        raise BadInput(f"{source_path}: a {source.config.model}; HNT grows experts, and only NativeTok has them")
+        raise BadInput(f"{source_path}: a {source.config.model}; only NativeTok has experts")
+    if trainer.fingerprint(source.pixel_decoder) != trainer.fingerprint(teacher.decoder):
+        raise BadInput(f"{source_path}: trained with another VQGAN, or after stage 2. Name its "
+                       f"VQGAN with --vqgan, or start from a file of stage 1")
     config, reused = replace(source.config, tokens=tokens), source.config.tokens
-    training = trainer.override(TRAINING[args.config], args)
-    grown = grow(source.state_dict(), reused, tokens)
+    frozen_steps = int(FROZEN_SHARE[args.strategy] * training.steps)
     suffix = "" if args.strategy == "reuse+finetune" else f"_{args.strategy}"
-    frozen_steps = {"full": 0, "reuse": training.steps, "reuse+finetune": int(FROZEN_SHARE * training.steps)}
-    frozen_steps = frozen_steps[args.strategy]
-    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=training.draft)
-    run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config, training, reused=reused,
-                      strategy=args.strategy, frozen_steps=frozen_steps, data=train_set.kind,
-                      images=train_set.content, vqgan=trainer.fingerprint(teacher))
-    originals = next(data.all_images(data.open_dataset(args.data, "val", config.image_size), 16))[0].to(run.device)
+    grown = grow(source.state_dict(), reused, tokens)
+    train_set = data.open_dataset(args.data, "train", config.image_size,
+                                  augment=True, draft=True)
+    val_set = data.open_dataset(args.data, "val", config.image_size)
+    run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config,
+                      training, train_set, reused=reused, frozen_steps=frozen_steps,
+                      vqgan=trainer.fingerprint(teacher), source=trainer.fingerprint(source))
+    originals = next(data.all_images(val_set, 16))[0].to(run.device)
 
-    teacher = teacher.to(run.device, memory_format=torch.channels_last).requires_grad_(False)   # faster convolutions
     model = NativeTok(config)
-    if args.strategy == "full":     # random weights, but for the VQGAN's part
-        grown = {**model.state_dict(), **{k: v for k, v in grown.items() if k.startswith("pixel_")}}
-    model.load_state_dict(grown)
+    if args.strategy == "full":         # random weights, but for the VQGAN's part
+        grown = {key: value for key, value in grown.items() if key.startswith("pixel_")}
+    model.load_state_dict(grown, strict=args.strategy != "full")
     tokenizer.prepare(model, training)
     model = model.to(run.device)
-
-    sample = [torch.from_numpy(train_set.get(i)) for i in range(min(run.piece // run.world, len(train_set)))]
-    ratio = step_ratio(run, model, reused, teacher, torch.stack(sample).to(run.device) / 255)     # [B, 3, H, W]
-    # <=: the checkpoint at exactly frozen_steps was saved before the switch below, with the optimizer of what trained
-    frozen = frozen_steps > 0 and run.step <= frozen_steps
+    # <=: a checkpoint at exactly frozen_steps was saved before unfreezing, with the old optimizer
+    frozen = 0 < frozen_steps and run.step <= frozen_steps
     if frozen:
         freeze_reused(model, reused)
-    stage = run.parallel(Stage1(model))
-    optimizer = run.adamw(model.parameters())   # holds what trains and nothing else
+    loss_fn = run.parallel(Stage1Loss(model))
+    optimizer = trainer.adamw(model.parameters(), training)     # holds what trains, nothing else
     ema = trainer.Ema(model, training.ema)
-    run.track(model=model, optimizer=optimizer, ema=ema)
-    run.say(f"{source_path}: {reused} tokens, grown to {tokens}; {args.strategy}: frozen for the first {frozen_steps} "
-            f"of {training.steps} steps. A frozen forward and backward takes {ratio:.2f} times as long as a full one")
-    batches = data.batches(train_set, run.piece, args.seed, run.step * training.accumulate, run.rank, run.world,
+    run.say(f"{source_path}: {reused} tokens, grown to {tokens}; the first {frozen_steps} steps of "
+            f"{training.steps} are frozen")
+    run.start(model=model, ema=ema, optimizer=optimizer)
+    batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
                            training.workers)
 
-    for step in run.steps():
-        if frozen and step == frozen_steps:     # the last 10 %: everything trains, with AdamW's averages starting anew
+    for step in range(run.step, training.steps):
+        if frozen and step == frozen_steps:     # now everything trains; AdamW starts again
             frozen = False
             unfreeze(model)
-            stage = run.parallel(Stage1(model))
-            optimizer = run.adamw(model.parameters())
-            run.track(optimizer=optimizer)
-        run.set_learning_rate(optimizer, step)
+            loss_fn = run.parallel(Stage1Loss(model))
+            optimizer = trainer.adamw(model.parameters(), training)
+        trainer.set_lr(optimizer, trainer.cosine(step, training))
         optimizer.zero_grad()
-        # latents [B, L, c], codes [B, L]
-        loss, parts, latents, codes = tokenizer.stage1_gradients(run, stage, teacher, batches)
+        for images, _ in run.micro_batches(batches, loss_fn):               # [B, 3, H, W]
+            targets = teacher.encode(images)                                # [B, G*G], in float32
+            with run.autocast():
+                loss, parts = loss_fn(images, targets)
+            (loss / run.accumulate).backward()
+            run.add(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
-        model.quantizer.track_usage(latents, codes)     # counted; never revived, which would change the old tokens
+        model.quantizer.update_usage()      # without revival, which would change the old tokens
         ema.update(model)
-        run.log(step, loss=loss, grad_norm=grad_norm, **parts, **model.quantizer.use(), frozen=float(frozen),
-                step_ratio=ratio)
-        if run.preview(step):
-            tokenizer.save_preview(ema.model, originals, run.path.with_name(f"{run.path.stem}_preview.png"))
+        run.log(step, grad_norm=grad_norm, frozen=float(frozen), **model.quantizer.stats())
+        if run.preview_due(step):
+            vqgan.save_preview(ema.model, originals, args.out / f"{run.path.stem}_preview.png")
+        run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 
 def main():
     parser = trainer.command_line(__doc__, TrainConfig)
-    parser.add_argument("--tokens", type=int, default=None, help="L to grow to")
-    parser.add_argument("--source", metavar="FILE", type=Path, help="the tokenizer to grow; default: the longest "
-                        "shorter nativetok_N.pt in the results folder")
-    parser.add_argument("--strategy", choices=STRATEGIES, default="reuse+finetune", help="Table 3b, see above")
+    parser.add_argument("--tokens", type=int, help="L to grow to; default: 16 (toy) or 64")
+    parser.add_argument("--source", metavar="FILE", type=Path,
+                        help="the tokenizer to grow; default: the longest shorter one in --out")
+    parser.add_argument("--strategy", choices=tuple(FROZEN_SHARE), default="reuse+finetune",
+                        metavar="", help=f"Table 3b: {', '.join(FROZEN_SHARE)}")
     parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file",
                         help="the stage 0 checkpoint, default OUT/vqgan.pt")
     train(trainer.parse(parser))

@@ -1,161 +1,207 @@
-"""Public weights of others as our models; whoever reads for the method needs none of this.
+"""Public weights as models of this project: what NativeTok builds on or is compared with.
 
-    python -m extras.pretrained vqgan FILE          # MaskGIT-VQGAN's, as stage 0 of the full size: writes OUT/vqgan.pt
-    python -m extras.pretrained titok FILE a.png    # TiTok's (L-32, B-64 or S-128): original beside reconstruction
+    python -m extras.pretrained vqgan FILE              # MaskGIT-VQGAN: out/full/vqgan.pt
+    python -m extras.pretrained titok FILE a.png b.jpg  # TiTok: original, reconstruction, codes
 
-Each file is read by what it holds, and refused where keys or shapes are not those of the published one.
+| file | published at | read by |
+|---|---|---|
+| maskgit-vqgan-imagenet-f16-256.bin | Hugging Face, fun-research/TiTok | load_maskgit_vqgan |
+| tokenizer_titok_l32_imagenet, _b64_, _s128_ | Hugging Face, yucornetto | load_titok |
+| generator_titok_s128_imagenet | Hugging Face, yucornetto | load_titok_maskgit |
+| c2i_B_256.pt, c2i_L_256.pt | Hugging Face, FoundationVision/LlamaGen | load_llamagen |
+| convnext_small-0c510722.pth | torchvision | ConvNeXtSmall |
+
+Models come in eval mode, without gradients; BadInput where keys or shapes are not the file's. Tests
+hold each network equal to the official code on seeded weights (assets/golden); none was run with
+its file. Letters: B batch, H W pixels, L tokens, D width, c length of a code vector, K codes.
 """
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
+import data
 import generator
 import trainer
 import vqgan
-from generator import ARGenerator, GeneratorConfig, MaskGITGenerator
-from tokenizer import TiTok, TokenizerConfig, write_reconstructions
+from tokenizer import TiTok, TokenizerConfig
 from trainer import BadInput
-from vqgan import VQGAN, ConvNeXtSmall, VQGANConfig, name_of, read_weights  # noqa: F401
+from vqgan import VQGAN, ConvNeXtSmall  # noqa: F401
+
+
+@contextmanager
+def reading(source, what):
+    """Any error becomes one line that names the file: weights that do not fit raise many kinds."""
+    try:
+        yield
+    except Exception as error:
+        where = source if isinstance(source, (str, Path)) else "weights"
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        hint = "pip install safetensors" if isinstance(error, ImportError) else "Is it that file?"
+        raise BadInput(f"{where}: cannot be read as {what} ({line}). {hint}") from error
+
+
+def read_weights(path_or_state_dict):
+    """A state dict {name: tensor}: as it is, or from a .safetensors or torch file. Raises BadInput
+    where it cannot be read, or holds numbers that are not finite."""
+    state = path_or_state_dict
+    with reading(path_or_state_dict, "weights"):
+        if not isinstance(state, dict):
+            if Path(state).suffix == ".safetensors":
+                from safetensors.torch import load_file         # an optional package
+                state = load_file(state)
+            else:
+                state = torch.load(state, map_location="cpu", weights_only=True)
+        for name in ("state_dict", "model"):    # LlamaGen's files: {"model": {name: tensor}, ...}
+            state = state[name] if isinstance(state.get(name), dict) else state
+        if not all(tensor.is_meta or tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("numbers that are not finite")
+        return dict(state)
+
+
+def layers_of(state, prefix):
+    """How many layers have names that begin with prefix and a number."""
+    return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def load_maskgit_vqgan(path_or_state_dict):
-    """The public MaskGIT-VQGAN weights (maskgit-vqgan-imagenet-f16-256.bin) as a VQGAN in eval mode.
-
-    Raises BadInput if the file's keys or shapes are not those of the published one (168 entries, 54.5M numbers).
-    """
+    """The public MaskGIT-VQGAN (168 entries, 54.5M numbers) as a VQGAN."""
     state = read_weights(path_or_state_dict)
-    model = VQGAN(vqgan.PRESETS["full"])
-    state.setdefault("quantize.usage", model.quantize.usage)    # ours alone: the public file does not count use
-    trainer.load_weights(model, state, name_of(path_or_state_dict, "weights"))
-    return model.eval()
+    with reading(path_or_state_dict, "MaskGIT-VQGAN"):
+        model = VQGAN(vqgan.PRESETS["full"])
+        # how often a code is used is ours alone
+        model.load_state_dict({"quantize.usage": model.quantize.usage, **state})
+    return model.eval().requires_grad_(False)
+
+
+# ---- TiTok (arXiv 2406.07550)
+
+TITOK_NAMES = (     # theirs -> ours, in this order
+    ("pixel_quantize.embedding", "pixel_codebook"), ("quantize.embedding", "quantizer.embedding"),
+    ("latent_token_positional_embedding", "latent_positions"),
+    ("positional_embedding", "position_embedding"), ("class_embedding", "class_token"),
+    ("encoder.conv_out", "to_code"), ("decoder_embed", "embed"), (".ffn.", ".head."),
+    (".transformer.", ".blocks."), (".ln_1.", ".norm1."), (".ln_2.", ".norm2."),
+    ("attn.in_proj_", "qkv."), ("attn.out_proj", "proj"), ("mlp.c_fc", "mlp.0"),
+    ("mlp.c_proj", "mlp.2"))
 
 
 def load_titok(path_or_state_dict, image_size=256):
-    """The public weights of TiTok-L-32, -B-64 or -S-128 as a TiTok in eval mode; sizes are read off the shapes.
+    """The public TiTok-L-32, -B-64 or -S-128 as a TiTok, sizes read off the shapes.
 
-    These three were trained with a slip: before the last layer the encoder's [L, D] numbers are reinterpreted, not
-    transposed, as [D, L], so that each latent mixes many tokens. Their weights mean nothing without it (`legacy`).
-    Raises BadInput if keys or shapes are not theirs; TiTok's later models (vq8k, vae) are others.
+    These three were trained with a slip: before the last layer the encoder's [L, D] numbers are
+    reinterpreted, not transposed, as [D, L], so each latent mixes many tokens (`legacy`). TiTok's
+    later models (vq8k, vae) are of another kind.
     """
-    state, what = read_weights(path_or_state_dict), name_of(path_or_state_dict, "TiTok weights")
-    for name, dimensions in {"latent_tokens": 2, "encoder.patch_embed.weight": 4, "encoder.positional_embedding": 2,
-                             "decoder.ffn.0.weight": 4, "quantize.embedding.weight": 2,
-                             "pixel_quantize.embedding.weight": 2}.items():
-        if name not in state or state[name].ndim != dimensions:
-            raise BadInput(f"{what}: no entry {name} of {dimensions} dimensions among {len(state)}. Is it TiTok-L-32, "
-                           f"-B-64 or -S-128? The later ones, vq8k and vae, are not supported")
-    (tokens, width), patch_size = state["latent_tokens"].shape, state["encoder.patch_embed.weight"].shape[-1]
-    patches = len(state["encoder.positional_embedding"]) - 1
-    if not patch_size or patches != (image_size // patch_size) ** 2:
-        raise BadInput(f"{what}: for {patches} patches of {patch_size} pixels, not for --image_size {image_size}")
-    encoder, decoder = (len({name.split(".")[2] for name in state if name.startswith(f"{part}.transformer.")})
-                        for part in ("encoder", "decoder"))
-    codebook_size, code_dim = state["quantize.embedding.weight"].shape
-
-    def make():
-        return TiTok(TokenizerConfig(model="titok", tokens=tokens, patch_size=patch_size, width=width, heads=width // 64,
-                                     encoder_layers=encoder, decoder_layers=decoder, code_dim=code_dim,
-                                     codebook_size=codebook_size, vqgan=VQGANConfig(image_size=image_size)))
-
-    model = trainer.sketch(make, len(state), what)
-    ours = {}
-    for name, value in state.items():
-        for theirs, mine in TITOK_NAMES:
-            name = name.replace(theirs, mine)
-        ours[name] = value
-    # two tables that are only ever added up, and numbers that they store in other shapes
-    added = ours.pop("encoder.latent_positions", torch.zeros(1))
-    if added.shape not in ((1,), ours["latent_tokens"].shape):
-        raise BadInput(f"{what}: {list(added.shape)} positions of latents that are {list(ours['latent_tokens'].shape)}")
-    ours["latent_tokens"] = (ours["latent_tokens"] + added)[None]           # [1, L, D]
-    for name, value in model.state_dict().items():
-        if name in ours and [n for n in ours[name].shape if n > 1] == [n for n in value.shape if n > 1]:
-            ours[name] = ours[name].reshape(value.shape)            # 1x1 convolutions, and a leading 1
-    ours.setdefault("quantizer.usage", torch.ones(codebook_size))   # ours alone: the public files do not count use
-    model = trainer.made_to_fit(make, ours, what)
+    state = read_weights(path_or_state_dict)
+    with reading(path_or_state_dict, "TiTok-L-32, -B-64 or -S-128"):
+        tokens, width = state["latent_tokens"].shape                        # L, D
+        patch_size = state["encoder.patch_embed.weight"].shape[-1]
+        patches = len(state["encoder.positional_embedding"]) - 1            # but the class token
+        if patches != (image_size // patch_size) ** 2:
+            raise BadInput(f"{patches} patches of {patch_size} pixels, image_size {image_size}")
+        codebook_size, code_dim = state["quantize.embedding.weight"].shape  # K, c
+        model = TiTok(TokenizerConfig(
+            model="titok", tokens=tokens, patch_size=patch_size, width=width, heads=width // 64,
+            encoder_layers=layers_of(state, "encoder.transformer."),
+            decoder_layers=layers_of(state, "decoder.transformer."),
+            code_dim=code_dim, codebook_size=codebook_size,
+            vqgan=replace(vqgan.PRESETS["full"], image_size=image_size)))
+        model.load_state_dict(renamed(state, model.state_dict()))
     model.legacy = True
     return model.eval().requires_grad_(False)
 
 
-TITOK_NAMES = (     # theirs -> ours, in this order
-    ("pixel_quantize.embedding", "pixel_codebook"), ("quantize.embedding", "quantizer.embedding"),
-    ("latent_token_positional_embedding", "latent_positions"), ("positional_embedding", "positions"),
-    ("class_embedding", "class_token"), ("encoder.conv_out", "to_code"), ("decoder_embed", "embed"),
-    (".ffn.", ".head."), (".transformer.", ".blocks."), (".ln_1.", ".norm1."), (".ln_2.", ".norm2."), ("attn.in_proj_", "qkv."),
-    ("attn.out_proj", "proj"), ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.2"))
+def renamed(state, ours):
+    """TiTok's state dict with our names and shapes; ours: a state dict of our model."""
+    new = {}
+    for name, value in state.items():
+        for theirs, mine in TITOK_NAMES:
+            name = name.replace(theirs, mine)
+        new[name] = value
+    # two tables [L, D], only added up
+    new["latent_tokens"] = (new["latent_tokens"] + new.pop("encoder.latent_positions"))[None]
+    for name in new.keys() & ours.keys():       # 1x1 convolutions, and a leading 1
+        if [n for n in new[name].shape if n > 1] == [n for n in ours[name].shape if n > 1]:
+            new[name] = new[name].reshape(ours[name].shape)
+    return {"quantizer.usage": ours["quantizer.usage"], **new}
 
+
+# ---- Generators. Their attribute names are those of the public weights
 
 def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
-    """Public LlamaGen weights (class-conditional) as an ARGenerator in eval mode; sizes are read off the shapes.
+    """Public class-conditional LlamaGen weights as an ARGenerator.
 
-    heads: 12 for B, 16 for L; rope: "2d" for the published ones; tokens: how many `generate` makes, which the weights
-    do not say (256: 16 x 16). Raises BadInput if keys or shapes are not LlamaGen's.
+    Sizes are those of the shapes, which do not tell heads (12 for B, 16 for L), rope ("2d" for the
+    published files, "1d" for a sequence), and how many tokens `generate` makes (256: 16 x 16).
     """
-    state, what = read_weights(path_or_state_dict), name_of(path_or_state_dict, "LlamaGen weights")
-    state = state.get("model", state)                                                  # as the published files have it
-    rows, width = shape_of(state, "cls_embedding.embedding_table.weight", 2, what)
-    codebook_size = shape_of(state, "output.weight", 2, what)[0]
-    layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-    return trainer.made_to_fit(lambda: ARGenerator(GeneratorConfig(
-        mode="ar", tokens=tokens, codebook_size=codebook_size, num_classes=rows - 1, width=width, layers=layers,
-        heads=heads, rope=rope)), state, what).eval()
+    state = read_weights(path_or_state_dict)
+    with reading(path_or_state_dict, "LlamaGen"):
+        rows, width = state["cls_embedding.embedding_table.weight"].shape
+        model = generator.ARGenerator(generator.GeneratorConfig(
+            mode="ar", tokens=tokens, codebook_size=len(state["output.weight"]), width=width,
+            num_classes=rows - 1, layers=layers_of(state, "layers."), heads=heads, rope=rope))
+        model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
 
 
 def load_titok_maskgit(path_or_state_dict, heads=None):
-    """The public generator of TiTok-S-128 (a U-ViT) as a MaskGITGenerator in eval mode; sizes are read off the shapes.
-
-    heads, which the shapes do not say: 16 as published; 4 for a width below 512. Raises BadInput if keys or shapes are
-    not a U-ViT's (the generators of TiTok-L-32 and -B-64 are BERTs and do not fit).
-    """
-    state, what = read_weights(path_or_state_dict), name_of(path_or_state_dict, "TiTok U-ViT weights")
-    codebook_size = shape_of(state, "lm_head.weight", 2, what)[0]
-    rows, width = shape_of(state, "embeddings.weight", 2, what)
-    tokens = shape_of(state, "pos_embed", 3, what)[1] - 1
-    layers = 2 * len({name.split(".")[1] for name in state if name.startswith("in_blocks.")})
-    return trainer.made_to_fit(lambda: MaskGITGenerator(replace(
-        generator.PRESETS["maskgit_full"], tokens=tokens, codebook_size=codebook_size, width=width, layers=layers,
-        num_classes=rows - codebook_size - 2, heads=heads or (16 if width >= 512 else 4))), state, what).eval()
-
-
-def shape_of(state, name, dimensions, what):
-    if name not in state or state[name].ndim != dimensions:
-        raise BadInput(f"{what}: no entry {name} of {dimensions} dimensions among {len(state)}. Is it another model's "
-                       f"file?")
-    return state[name].shape
+    """The public generator of TiTok-S-128 (a U-ViT; TiTok-L-32's and -B-64's are BERTs) as a
+    MaskGITGenerator. heads, which no shape tells: 16 as published; 4 for widths below 512."""
+    state = read_weights(path_or_state_dict)
+    with reading(path_or_state_dict, "TiTok-S-128's generator"):
+        (rows, width), codes = state["embeddings.weight"].shape, len(state["lm_head.weight"])
+        model = generator.MaskGITGenerator(replace(
+            generator.PRESETS["maskgit_full"], tokens=state["pos_embed"].shape[1] - 1,
+            codebook_size=codes, num_classes=rows - codes - 2,      # 2: the mask, and no class
+            width=width, layers=2 * layers_of(state, "in_blocks."),
+            heads=heads or (16 if width >= 512 else 4)))
+        model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line
 
-def take_vqgan(args):
-    model = load_maskgit_vqgan(args.file)
-    path = args.out / "vqgan.pt"
-    if path.exists() and not args.overwrite:
+def write_vqgan(file, path, overwrite):
+    """The checkpoint that stage 0 would write after training."""
+    if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists. Replace it with --overwrite, or choose another --out")
-    state = model.state_dict()
-    checkpoint = {"stage": "vqgan", "model": state, "ema": {"model": state, "updates": 0}, "step": 0,
-                  "config": asdict(model.config)}
+    model = load_maskgit_vqgan(file)
+    checkpoint = {"stage": "vqgan", "step": 0, "config": asdict(model.config), "settings": {},
+                  "model": model.state_dict(), "ema": {"model": model.state_dict(), "updates": 0}}
     trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
-    print(f"{path}: written from {args.file}")
+    print(f"{path}: written from {file}")
+
+
+def reconstruct(file, paths, target):
+    if not paths:
+        raise BadInput("titok: no images. Name them after the file of weights")
+    model = load_titok(file)
+    images = torch.stack([data.read_image(path, model.config.image_size)
+                          for path in paths])                           # [B, 3, H, W]
+    codes = model.encode(images)                                                # [B, L]
+    pairs = torch.stack([images, model.decode_codes(codes)], dim=1).flatten(0, 1)
+    data.save_picture(data.picture_grid(pairs, 2), target)
+    for path, row in zip(paths, codes.tolist()):
+        print(f"{path}: {' '.join(map(str, row))}")
+    print(f"{target}: original beside reconstruction, by {file}")
 
 
 def main():
     parser = trainer.ArgumentParser(__doc__, prog="-m extras.pretrained")
-    parser.add_argument("what", choices=("vqgan", "titok"), metavar="what", help="vqgan or titok")
-    parser.add_argument("file", metavar="FILE", help="the public weights")
-    parser.add_argument("images", metavar="IMAGE", nargs="*", default=[], help="titok: what to reconstruct")
-    parser.add_argument("--out", help="folder of the results, default out/full")
-    parser.add_argument("--overwrite", action="store_true", help="vqgan: replace OUT/vqgan.pt")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where present")
-    parser.set_defaults(config="full", data=None)
-    args = trainer.parse(parser)
-    if (args.what == "titok") != bool(args.images):
-        raise BadInput("titok: name the pictures to reconstruct: titok FILE IMAGE..." if args.what == "titok" else
-                       f"{args.images[0]}: vqgan takes no pictures")
+    parser.add_argument("what", choices=("vqgan", "titok"))
+    parser.add_argument("file", help="the downloaded weights")
+    parser.add_argument("images", nargs="*", help="titok: what to encode and decode")
+    parser.add_argument("--config", choices=("full", "small"), default="full")
+    parser.add_argument("--out", type=Path, help="folder for results, default out/<config>")
+    parser.add_argument("--overwrite", action="store_true", help="vqgan: replace the one there")
+    args = parser.parse_args()
+    out = args.out or Path("out", args.config)
     if args.what == "vqgan":
-        take_vqgan(args)
+        write_vqgan(args.file, out / "vqgan.pt", args.overwrite)
     else:
-        write_reconstructions(load_titok(args.file).to(args.device), args.file, args.images, args)
+        reconstruct(args.file, args.images, out / "reconstruct.png")
 
 
 if __name__ == "__main__":
