@@ -1,10 +1,9 @@
-"""Images: where they come from, and in which order they are read.
+"""Images: Fashion-MNIST, shapes drawn on the fly, or any folder, and the order they are read in.
 
     python data.py --data photos/ --image_size 256 --preview photos.png
 
-Three kinds: `fashion`, Fashion-MNIST; `shapes`, drawn on the fly; and any folder of images. Their
-order is a pure function of (seed, step): neither worker processes nor ranks, accumulation or a
-resumed run change which images a step sees.
+The order is a pure function of (seed, step): neither workers nor ranks, accumulation or a resumed
+run change which images a step sees.
 
 Letters: B batch, H W pixels, n images of a set. A data set's images are uint8 [3, H, W], batches
 float32 [B, 3, H, W] in [0, 1].
@@ -45,31 +44,30 @@ class Images:
     labels: np.ndarray          # int64 [n]
     fingerprint: str            # a hash; of a folder: of each file's path, size and time of change
     content: str                # a hash; of a folder: of names and sizes, so the same for a copy
-    border = 0                  # pixels on each side that are padding: scores leave them out
-    photographs = True          # False: drawn
+    border = 0                  # pixels of padding on each side: scores leave them out
     note = ""                   # for the log: "" or ", ..."
     augment = False             # random views
-    in_memory = False           # True: too fast for worker processes to help
+    in_memory = False           # too fast for worker processes to help
 
     def __len__(self):
         return len(self.labels)
 
     def get(self, index, rng=None):
-        """Image `index`, uint8 [3, H, W]: one fixed view, or with rng and augment a random one."""
+        """uint8 [3, H, W]: one fixed view, or with rng and augment a random one."""
 
     def get_many(self, indices, rngs):
         return np.stack([self.get(i, rng) for i, rng in zip(indices, rngs)])    # [B, 3, H, W]
 
 
-# ---- Fashion-MNIST: 60,000 + 10,000 photographs of clothes, 28x28, grey (Xiao et al., 2017)
+# ---- Fashion-MNIST: 60,000 + 10,000 grey 28x28 photographs of clothes (Xiao et al., 2017)
 
 FASHION_PLACES = [Path(__file__).resolve().parent / "data" / "fashion-mnist",
                   Path("/usr/share/datasets/fashion-mnist")]        # Debian's package
 
 
 class Fashion(Images):
-    """At image_size 32 the 28x28 picture gets a border of 2 black pixels, at any other it is
-    resized. No augmentation: its shoes all point to the left."""
+    """Resized, but at image_size 32 with a border of 2 black pixels. No augmentation: its shoes
+    all point to the left."""
     name, in_memory = "fashion", True
     classes = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
                "bag", "ankle boot"]
@@ -115,8 +113,7 @@ SHAPES = {      # distance in radii, negative inside; u points right, v down
 
 class Shapes(Images):
     """Ten classes; image `index` is a pure function of (split, index)."""
-    name, photographs, classes = "shapes", False, list(SHAPES)
-    note = ", drawn, not photographed"
+    name, note, classes = "shapes", ", drawn, not photographed", list(SHAPES)
 
     def __init__(self, split, image_size):
         self.split, self.image_size = split, image_size
@@ -150,8 +147,8 @@ TRIES = 20              # broken files in a row
 
 
 class Folder(Images):
-    """`train/<class>/*` and `val/<class>/*`, or `<class>/*`, or bare images (one class); the last
-    two are split by a hash of each file's name. The next of its class replaces a broken file."""
+    """`train/<class>/*` and `val/<class>/*`; or `<class>/*` or bare images (one class), split by a
+    hash of each file's name. The next of its class replaces a broken file."""
 
     def __init__(self, folder, split, image_size, augment=False, draft=False):
         self.name, self.split, self.image_size = str(folder), split, image_size
@@ -172,7 +169,7 @@ class Folder(Images):
         if not files:
             raise BadInput(f"{self.root}: no images for {split} that end in {' '.join(ENDINGS)}")
         if unknown := {name for name, *_ in files} - set(self.classes):
-            raise BadInput(f"{self.root}: has classes that train/ does not have: {min(unknown)}")
+            raise BadInput(f"{self.root}: class {min(unknown)} is not in train/")
         self.files = [file for _, file, *_ in files]    # relative to root, by class and name
         self.labels = np.searchsorted(self.classes, [name for name, *_ in files])       # int64 [n]
         self.content = hash_of("folder", split, image_size, [file[:3] for file in files])
@@ -187,12 +184,12 @@ class Folder(Images):
                 return square(image, self.image_size, rng if self.augment else None)
             except Exception as error:      # Pillow raises a dozen kinds
                 say(f"{file}: cannot be read, left out ({first_line(error)})")
-        raise BadInput(f"{file}: cannot be read, nor those tried before it. Remove them")
+        raise BadInput(f"{file}: cannot be read, nor those tried before it")
 
 
 def list_images(folder):
-    """(classes, [(class, name relative to folder, size, time of change in ns)]), both sorted.
-    Without class folders there is one class, `images`."""
+    """(classes, [(class, relative name, size, time of change in ns)]), both sorted. Without class
+    folders there is one class, `images`."""
     found = []
     for root, inner, names in os.walk(folder, followlinks=True):
         inner[:] = [name for name in inner if name[0] != "."]       # thumbnails
@@ -207,9 +204,9 @@ def list_images(folder):
 
 
 def decode_image(path, image_size, draft=False):
-    """A picture's first frame as an RGB PIL image, turned as EXIF says, transparent on white.
-    draft: a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, at least twice image_size:
-    faster, but not quite the same pixels, so not for scores. Raises many kinds of exceptions."""
+    """The first frame as an RGB PIL image, turned as EXIF says, transparent on white. draft: a
+    large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, at least twice image_size: faster, but
+    not quite the same pixels, so not for scores."""
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         if draft:
@@ -224,12 +221,10 @@ def decode_image(path, image_size, draft=False):
 
 
 def square(image, image_size, rng=None):
-    """RGB image -> uint8 [3, H, W]: a square as wide as the shorter edge, resized. The middle, or
-    with a numpy rng a random one, flipped half of the time."""
-    width, height = image.size
+    """RGB PIL image -> uint8 [3, H, W]: its largest square, resized; the middle one, or with a
+    numpy rng a random one, flipped half of the time."""
     side = min(image.size)
-    across, down = rng.uniform(size=2) if rng else (0.5, 0.5)
-    left, top = across * (width - side), down * (height - side)
+    left, top = (np.array(image.size) - side) * (rng.uniform(size=2) if rng else 0.5)
     image = image.resize((image_size, image_size), Image.Resampling.BICUBIC,
                          (left, top, left + side, top + side))
     pixels = np.asarray(image).transpose(2, 0, 1)   # [3, H, W]
@@ -239,34 +234,34 @@ def square(image, image_size, rng=None):
 # ---- Any of the three, in batches
 
 def open_dataset(name, split, image_size, augment=False, draft=False):
-    """The split, "train" or "val", of "fashion", "shapes", a folder, or "auto": fashion if its
-    files are there, else shapes. augment, draft: see square and decode_image, for folders only.
-    Raises BadInput if it is not there."""
+    """The split, "train" or "val", of "fashion", "shapes", a folder, or "auto": fashion if it is
+    there, else shapes. augment (see square), draft (see decode_image): for folders. Raises BadInput
+    if it is not there."""
     if folder := find_folder(name):
         return Folder(folder, split, image_size, augment, draft)
     found = [folder for folder in FASHION_PLACES if len([*folder.glob("*-ubyte.gz")]) >= 4]
     if found and name != "shapes":
         return Fashion(found[0], split, image_size)
     if name == "fashion":
-        raise BadInput(f"--data fashion: not found. Install Debian's dataset-fashion-mnist, or put "
+        raise BadInput("--data fashion: not found. Install Debian's dataset-fashion-mnist, or put "
                        f"the files from github.com/zalandoresearch in {FASHION_PLACES[0]}")
     return Shapes(split, image_size)
 
 
 def find_folder(name):
-    """The folder that --data names, which must exist; None for auto, fashion and shapes."""
+    """The folder that --data names, which must exist; None: auto, fashion or shapes."""
     if name in ("auto", "fashion", "shapes"):
         return None
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise BadInput(f"--data {name}: no such folder. Give one with train/<class>/* and "
-                       f"val/<class>/*, or with images, or auto, fashion or shapes")
+        raise BadInput(f"--data {name}: no such folder. Give one of images, or of train/<class>/* "
+                       "and val/<class>/*, or auto, fashion or shapes")
     return folder
 
 
 def row_order(n, batch_size, seed, step=0):
-    """Endless (epochs [B], indices [B]) of the images of each step from `step` on. Every epoch is
-    a permutation of all n, seeded by (seed, epoch), minus its incomplete last batch."""
+    """Endless (epochs [B], indices [B]) of each step from `step` on. An epoch is a permutation of
+    all n, seeded by (seed, epoch), minus its incomplete last batch."""
     joined = -(-batch_size // n)            # epochs that a batch needs: 1 unless the set is tiny
     steps = joined * n // batch_size        # in these epochs
     for now in itertools.count(step):
@@ -275,12 +270,12 @@ def row_order(n, batch_size, seed, step=0):
             epochs = np.arange(block * joined, (block + 1) * joined)
             order = np.concatenate([
                 np.random.default_rng([seed % 2 ** 32, epoch]).permutation(n) for epoch in epochs])
-        rows = slice(row * batch_size, (row + 1) * batch_size)
-        yield epochs[0] + np.arange(rows.start, rows.stop) // n, order[rows]
+        places = np.arange(row * batch_size, (row + 1) * batch_size)    # in these epochs, [B]
+        yield epochs[0] + places // n, order[places]
 
 
 class Reader:
-    """(epochs [B], indices [B]) -> one batch, in whichever process. seed None: fixed views."""
+    """(epochs [B], indices [B]) -> one batch. seed None: fixed views."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
@@ -292,7 +287,7 @@ class Reader:
         return self.dataset.get_many(rows[1], rngs), self.dataset.labels[rows[1]]
 
 
-def ignore_signals(worker):     # they are for the first process, which saves
+def ignore_signals(worker):     # the first process saves
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -308,9 +303,9 @@ def read(dataset, rows, seed, workers):
 
 
 def batches(dataset, batch_size, seed, step=0, rank=0, world=1, accumulate=1, workers=0):
-    """This rank's micro-batches, endless, `accumulate` per step, starting at `step`: (images
-    float32 [b, 3, H, W] in [0, 1], labels int64 [b]). The batch_size images of a step are cut into
-    world x accumulate equal parts, of which each rank takes `accumulate` in a row."""
+    """This rank's micro-batches, endless, `accumulate` per step: (images [b, 3, H, W], labels int64
+    [b]). The batch_size images of a step are cut into world x accumulate equal parts, of which each
+    rank takes `accumulate` in a row."""
     size = batch_size // (world * accumulate)   # b
     rows = ((epochs[start:start + size], indices[start:start + size])
             for epochs, indices in row_order(len(dataset), batch_size, seed, step)
@@ -319,7 +314,7 @@ def batches(dataset, batch_size, seed, step=0, rank=0, world=1, accumulate=1, wo
 
 
 def all_images(dataset, batch_size, indices=None, workers=0):
-    """Once through all images or those of `indices`, in order, fixed views, as from batches."""
+    """Once through all or `indices`, in order, fixed views, as from batches."""
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     rows = np.split(indices, range(batch_size, len(indices), batch_size))
     return read(dataset, [(row, row) for row in rows if len(row)], None, workers)
@@ -328,15 +323,15 @@ def all_images(dataset, batch_size, indices=None, workers=0):
 # ---- Pictures in and out, command line
 
 def read_image(path, image_size):
-    """One picture -> float32 [3, H, W] in [0, 1], its middle. Raises BadInput if it is not one."""
+    """A picture's middle, float32 [3, H, W] in [0, 1]. Raises BadInput if it is not one."""
     try:
         return torch.from_numpy(square(decode_image(path, image_size), image_size)).float() / 255
     except Exception as error:
-        raise BadInput(f"{path}: not a picture ({first_line(error)}). Try a .png") from error
+        raise BadInput(f"{path}: not a picture ({first_line(error)})") from error
 
 
 def picture_grid(images, columns, scale=1):
-    """Images float [n, 3, H, W] in [0, 1] -> a PIL image, row by row, 2 white pixels between."""
+    """Images [n, 3, H, W] in [0, 1] -> a PIL image, row by row, 2 white pixels between."""
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     pixels = pixels.numpy().repeat(scale, 1).repeat(scale, 2)   # [n, H, W, 3]
     n, height, width = len(pixels), pixels.shape[1] + 2, pixels.shape[2] + 2
@@ -348,7 +343,7 @@ def picture_grid(images, columns, scale=1):
 
 
 def save_picture(image, path):
-    """Write a PIL image, as PNG unless the ending says otherwise."""
+    """Of a PIL image, as PNG unless the ending says otherwise."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
     write_atomically(path, lambda temporary: image.save(temporary, format=kind))
 
@@ -358,7 +353,7 @@ def main():
     parser.add_argument("--data", default="auto", help="auto, fashion, shapes or a folder")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--preview", metavar="FILE", help="a picture, one row per class")
-    parser.add_argument("--note", metavar="FILE", help="write into it what auto is")
+    parser.add_argument("--note", metavar="FILE", help="for what auto is")
     args = parser.parse_args()
     train, val = (open_dataset(args.data, split, args.image_size) for split in ("train", "val"))
     print(f"{train.name}{train.note}: {len(train):,} train and {len(val):,} val images, "

@@ -5,8 +5,8 @@
     python evaluate.py gfid GENERATOR --reference PATH  # of 50,000 samples
     torchrun --nproc_per_node=4 evaluate.py gfid ...    # the ranks share the pictures
 
-FID as pytorch-fid; Inception Score, KID, precision and recall as torch-fidelity, Inception Score
-also as ADM. All of bytes, resized as by TensorFlow 1. The protocol is printed with the scores.
+FID as pytorch-fid; Inception Score (also as ADM), KID, precision and recall as torch-fidelity.
+The protocol is printed with the scores; docs/fid.md explains it.
 
 Letters: B batch, H W pixels, n images of a set, F features of the network, L tokens, K codes in a
 codebook. Images are float32 [B, 3, H, W] in [0, 1], pictures the same in bytes.
@@ -49,14 +49,14 @@ def codebook_use(codes, codebook_size):
 
 
 def feature_statistics(features):
-    """Features [n, F] -> (mean [F], covariance [F, F] with n - 1), in float64."""
+    """Features [n, F] -> float64 (mean [F], covariance [F, F] with n - 1)."""
     features = np.asarray(features, dtype=np.float64)
     return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Fréchet distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1
-    sigma2)^(1/2)), as pytorch-fid; at times just below 0. Heusel et al., 2017 (1706.08500)."""
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), as pytorch-fid; at times just
+    below 0. Heusel et al., 2017 (1706.08500)."""
     warnings.filterwarnings("ignore", "Matrix is singular")     # SciPy's, of fewer than F images
     root = scipy.linalg.sqrtm(sigma1 @ sigma2)                                  # [F, F]
     if not np.isfinite(root).all():     # singular
@@ -67,15 +67,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def split_score(logits):
-    """exp of the mean KL divergence of the rows' class probabilities from the mean of them all."""
+    """exp of the rows' mean KL divergence from the mean of all rows, as probabilities."""
     log_p = torch.as_tensor(logits).double().log_softmax(1)                     # [n, classes]
     log_mean = log_p.logsumexp(0) - np.log(len(log_p))                          # [classes]
     return (log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item()
 
 
 def inception_score(logits, splits=10):
-    """(mean, standard deviation over the splits) of the Inception Score of logits [n, 1008], as
-    torch-fidelity: rows shuffled. Salimans et al., 2016 (1606.03498)."""
+    """(mean, standard deviation over shuffled splits) of logits [n, 1008], as torch-fidelity.
+    Salimans et al., 2016 (1606.03498)."""
     order = np.random.RandomState(2020).permutation(len(logits))
     bounds = [i * len(logits) // splits for i in range(splits + 1)]
     scores = [split_score(logits[order[a:b]]) for a, b in zip(bounds, bounds[1:])]
@@ -88,10 +88,9 @@ def inception_score_adm(logits, part=5000):
 
 
 def kernel_distance(a, b, subsets=100, subset_size=1000):
-    """KID: (mean, standard deviation) over random subsets of features [n, F] of the squared maximum
-    mean discrepancy with the kernel (x.y / F + 1)^3; unbiased, so it may be negative. As
-    torch-fidelity. Binkowski et al., 2018 (1801.01401)."""
-    m, random, values = subset_size, np.random.RandomState(2020), []
+    """KID: (mean, standard deviation) over subsets of features [n, F] of the squared MMD with the
+    kernel (x.y / F + 1)^3, unbiased: it may be negative. Binkowski et al., 2018 (1801.01401)."""
+    m, random, values = subset_size, np.random.RandomState(2020), []    # as torch-fidelity
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     for _ in range(subsets):
         x, y = (s[random.choice(len(s), m, replace=False)].double() for s in (a, b))    # [m, F]
@@ -102,8 +101,8 @@ def kernel_distance(a, b, subsets=100, subset_size=1000):
 
 
 def precision_recall(real, fake, k=3, block=512):
-    """(share of fake rows in a real row's ball, of real rows in a fake row's) of features [n, F]. A
-    ball reaches to the k-th nearest other of its set. Kynkäänniemi et al., 2019 (1904.06991)."""
+    """(share of fake rows in a real row's ball, of real rows in a fake row's); a ball reaches to
+    the k-th nearest other of its set. Kynkäänniemi et al., 2019 (1904.06991)."""
     real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
 
     def covered(points, centres):
@@ -115,11 +114,11 @@ def precision_recall(real, fake, k=3, block=512):
     return covered(fake, real), covered(real, fake)
 
 
-# ---- The Inception network, whose features the scores of pictures compare
+# ---- The Inception network, whose features are compared
 
 def tf_resize(images, size=299):
-    """TensorFlow 1's bilinear resize, to the last bit: [B, 3, H, W] -> float32 [B, 3, size, size].
-    Output i reads position i * (length / size), without half pixels and antialiasing."""
+    """TensorFlow 1's bilinear resize, bit for bit: [B, 3, H, W] -> float32 [B, 3, size, size].
+    Output i reads position i * length / size, without half pixels and antialiasing."""
     x = images.float()
     for _ in range(2):      # along the width, then along the height
         length = x.shape[-1]
@@ -138,8 +137,8 @@ def convolution(channels, width, kernel, stride=1, padding="same"):
 
 
 class Mixed(nn.Module):
-    """Branches on the same input, joined by channel: [B, channels, H, W] -> [B, width, H', W'].
-    A branch: a pooling or None, then convolutions (name, width, kernel, ...)."""
+    """Branches, joined by channel: [B, channels, H, W] -> [B, width, H', W']. A branch is a pooling
+    or None, then convolutions (name, width, kernel, ...)."""
     def __init__(self, channels, branches):
         super().__init__()
         self.branches, self.width = branches, 0
@@ -166,51 +165,51 @@ halve = nn.MaxPool2d(3, 2)
 ROW, COLUMN = (1, 7), (7, 1)
 
 
+def chain(name, *shapes):
+    return [None, *((f"{name}_{i}", *shape) for i, shape in enumerate(shapes, 1))]
+
+
 def mixed_a(width):             # 35 x 35
     return [[None, ("branch1x1", 64, 1)],
-            [None, ("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [None, ("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+            chain("branch5x5", (48, 1), (64, 5)),
+            chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
             [average, ("branch_pool", width, 1)]]
 
 
 def mixed_c(w):                 # 17 x 17
     return [[None, ("branch1x1", 192, 1)],
-            [None, ("branch7x7_1", w, 1), ("branch7x7_2", w, ROW), ("branch7x7_3", 192, COLUMN)],
-            [None, ("branch7x7dbl_1", w, 1), ("branch7x7dbl_2", w, COLUMN),
-             ("branch7x7dbl_3", w, ROW), ("branch7x7dbl_4", w, COLUMN),
-             ("branch7x7dbl_5", 192, ROW)],
+            chain("branch7x7", (w, 1), (w, ROW), (192, COLUMN)),
+            chain("branch7x7dbl", (w, 1), (w, COLUMN), (w, ROW), (w, COLUMN), (192, ROW)),
             [average, ("branch_pool", 192, 1)]]
 
 
 def mixed_e(pool):              # 8 x 8
-    double = ("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3)
+    single = chain("branch3x3", (384, 1))
+    double = chain("branch3x3dbl", (448, 1), (384, 3))
     return [[None, ("branch1x1", 320, 1)],
-            [None, ("branch3x3_1", 384, 1), ("branch3x3_2a", 384, (1, 3))],
-            [None, ("branch3x3_1", 384, 1), ("branch3x3_2b", 384, (3, 1))],
-            [None, *double, ("branch3x3dbl_3a", 384, (1, 3))],
-            [None, *double, ("branch3x3dbl_3b", 384, (3, 1))],
+            [*single, ("branch3x3_2a", 384, (1, 3))],
+            [*single, ("branch3x3_2b", 384, (3, 1))],
+            [*double, ("branch3x3dbl_3a", 384, (1, 3))],
+            [*double, ("branch3x3dbl_3b", 384, (3, 1))],
             [pool, ("branch_pool", 192, 1)]]
 
 
 MIXED = {
     "Mixed_5b": mixed_a(32), "Mixed_5c": mixed_a(64), "Mixed_5d": mixed_a(64),
     "Mixed_6a": [[None, ("branch3x3", 384, 3, 2, 0)],
-                 [None, ("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3),
-                  ("branch3x3dbl_3", 96, 3, 2, 0)],
+                 chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2, 0)),
                  [halve]],
     "Mixed_6b": mixed_c(128), "Mixed_6c": mixed_c(160), "Mixed_6d": mixed_c(160),
     "Mixed_6e": mixed_c(192),
-    "Mixed_7a": [[None, ("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, 0)],
-                 [None, ("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, ROW),
-                  ("branch7x7x3_3", 192, COLUMN), ("branch7x7x3_4", 192, 3, 2, 0)],
+    "Mixed_7a": [chain("branch3x3", (192, 1), (320, 3, 2, 0)),
+                 chain("branch7x7x3", (192, 1), (192, ROW), (192, COLUMN), (192, 3, 2, 0)),
                  [halve]],
     "Mixed_7b": mixed_e(average), "Mixed_7c": mixed_e(maximum)}     # torchvision: average in both
 
 
 class InceptionFID(nn.Module):
-    """The Inception-v3 of 2015-12-05, whose features are what "FID" means. Takes pytorch-fid's file
-    or state dict; raises BadInput for any other. Pictures uint8 [B, 3, H, W] of any size -> (pool
-    [B, 2048], logits [B, 1008] without bias, for the Inception Score)."""
+    """The Inception-v3 of 2015-12-05, of pytorch-fid's file or state dict, else raises BadInput.
+    Pictures uint8 [B, 3, H, W] of any size -> (pool [B, 2048], logits [B, 1008] without bias)."""
     def __init__(self, path_or_state_dict):
         super().__init__()
         self.Conv2d_1a_3x3 = convolution(3, 32, 3, 2, 0)                    # [B, 32, 149, 149]
@@ -223,8 +222,8 @@ class InceptionFID(nn.Module):
             setattr(self, name, Mixed(width, branches))
             width = getattr(self, name).width       # 256, 288, 288, 768 x 5, 1280, 2048, 2048
         self.fc = nn.Linear(2048, 1008)
-        state = path_or_state_dict
         try:
+            state = path_or_state_dict
             if not isinstance(state, dict):
                 state = torch.load(state, map_location="cpu", weights_only=True)
             self.load_state_dict(dict(state))       # as a dict num_batches_tracked may be missing
@@ -259,11 +258,11 @@ class Pictures:
     statistics: dict = field(default_factory=dict)      # ready-made: {"pool": (mu, sigma)}
     files: frozenset = frozenset()
     features: dict = field(default_factory=dict)        # by features_of
-    copy: np.ndarray | None = None  # [n, H, W, 3], filled by features_of
+    copy: np.ndarray | None = None  # of --save: [n, H, W, 3], filled by features_of
 
     def __post_init__(self):
         if self.count < 10 and not self.statistics:
-            raise BadInput(f"{self.name}: too few, at least 10 are a distribution")
+            raise BadInput(f"{self.name}: too few. Give 10 or more")
 
 
 def to_uint8(images, rounding="round"):
@@ -275,7 +274,7 @@ def to_uint8(images, rounding="round"):
 
 
 def npz_pictures(path):
-    """ADM's .npz: pictures (arr_0, uint8 [n, H, W, 3]), FID's statistics (mu, sigma), or both."""
+    """ADM's .npz: pictures (arr_0), FID's statistics (mu, sigma), or both."""
     try:
         found = dict(np.load(path))
     except Exception as error:
@@ -294,8 +293,8 @@ def npz_pictures(path):
 
 
 def open_pictures(path, size=None):
-    """An .npz, or all images in a folder and its folders, which must have one size; with `size`:
-    their middle square, resized. Raises BadInput for one that cannot be read."""
+    """An .npz, or all images in a folder and its folders, of one size; with `size`: their middle
+    square, resized. Raises BadInput for one that cannot be read."""
     if not Path(path).is_dir():
         return npz_pictures(path)
     files = [Path(path) / name for _, name, *_ in data.list_images(path)[1]]
@@ -304,20 +303,21 @@ def open_pictures(path, size=None):
         try:
             image = data.decode_image(file, size)
         except Exception as error:
-            raise BadInput(f"{file}: cannot be read ({first_line(error)}). Replace it") from error
+            raise BadInput(f"{file}: cannot be read ({first_line(error)})") from error
         return data.square(image, size) if size else np.asarray(image).transpose(2, 0, 1)
 
     shape = picture(files[0]).shape if files else (3, 0, 0)
 
     def read(start, stop):
         images = [picture(file) for file in files[start:stop]]
-        for file, image in zip(files[start:stop], images):
+        for file, image in zip(files[start:], images):
             if image.shape != shape:
                 raise BadInput(f"{file}: not {shape[1:]} pixels as the others. Use --size N")
         return torch.from_numpy(np.stack(images))
 
-    crop = f", middle square resized to {size}" if size else ""
-    return Pictures(f"{len(files):,} images of {path}{crop}", len(files), shape[1:], read,
+    name = f"{len(files):,} images of {path}"
+    name += f", middle square resized to {size}" if size else ""
+    return Pictures(name, len(files), shape[1:], read,
                     files=frozenset(str(file.resolve()) for file in files))
 
 
@@ -339,7 +339,7 @@ def dataset_pictures(dataset, limit, rounding, tokenizer=None, **how):
 
 
 def samples(generator, tokenizer, count, seed, rounding):
-    """Of all classes in turn. A batch's seed is (seed, start): the same on any number of ranks."""
+    """Classes in turn. A batch is seeded by (seed, start): the same on any number of ranks."""
     c, device = generator.config, next(tokenizer.parameters()).device
 
     def read(start, stop):
@@ -348,10 +348,10 @@ def samples(generator, tokenizer, count, seed, rounding):
         return to_uint8(tokenizer.decode_codes(codes.to(device)).cpu(), rounding)
 
     how = f"top_k {c.top_k}" if c.mode == "ar" else f"{c.guidance}, {c.sampling_steps} steps"
-    name = (f"{count:,} samples, {c.num_classes} classes in turn, seed {seed}, guidance "
-            f"{c.guidance_scale:g}, temperature {c.temperature:g}, {how}, decoded by "
-            f"{tokenizer.path}")
-    return Pictures(name, count, (tokenizer.config.image_size,) * 2, read)
+    return Pictures(
+        f"{count:,} samples, {c.num_classes} classes in turn, seed {seed}, guidance "
+        f"{c.guidance_scale:g}, temperature {c.temperature:g}, {how}, decoded by {tokenizer.path}",
+        count, (tokenizer.config.image_size,) * 2, read)
 
 
 def subset(dataset, limit):
@@ -360,12 +360,12 @@ def subset(dataset, limit):
 
 
 def images_of(dataset, limit):
-    """The subset as batches (images [BATCH, 3, H, W], labels [BATCH]), the last one shorter."""
+    """The subset as batches (images [BATCH, 3, H, W], labels [BATCH])."""
     return data.all_images(dataset, BATCH, subset(dataset, limit))
 
 
 def without_border(images, border):
-    """Cut the padding off: [B, 3, H, W] -> [B, 3, H - 2 border, W - 2 border]."""
+    """[B, 3, H, W] -> [B, 3, H - 2 border, W - 2 border]."""
     return F.pad(images, 4 * (-border,))
 
 
@@ -379,8 +379,7 @@ def features_of(pictures, inception, device):
     mine = starts[len(starts) * rank // world:len(starts) * (rank + 1) // world]
     for start in tqdm(mine, "features", unit="batch", leave=False, disable=rank > 0 or None):
         images = pictures.read(start, min(start + BATCH, pictures.count))       # [B, 3, H, W]
-        features = inception(images.to(device))
-        found.append([values.cpu().numpy() for values in features])
+        found.append([values.cpu().numpy() for values in inception(images.to(device))])
         if pictures.copy is not None:
             pictures.copy[start:start + len(images)] = images.permute(0, 2, 3, 1)
     found = sum(trainer.gather(found), [])      # in order
@@ -388,7 +387,7 @@ def features_of(pictures, inception, device):
 
 
 def compare(real, fake):
-    """({score: value}, notes) of two Pictures, as far as they have features and statistics."""
+    """({score: value}, notes) of two Pictures, as far as their features and statistics go."""
     x, y = real.features, fake.features
     gaussians = [pictures.statistics.get("pool") or feature_statistics(pictures.features["pool"])
                  for pictures in (real, fake)]
@@ -406,7 +405,7 @@ def compare(real, fake):
     notes = []
     for pictures in (real, fake):
         if jpegs := sum(file.lower().endswith((".jpg", ".jpeg")) for file in pictures.files):
-            notes.append(f"{pictures.name}: {jpegs:,} are JPEGs, whose compression counts")
+            notes.append(f"{pictures.name}: {jpegs:,} are JPEGs")
         if pictures.features and pictures.count < FEATURES:
             notes.append(f"warning: {pictures.name}: fewer than FID's 2,048 features")
     if shared := real.files & fake.files:
@@ -421,7 +420,7 @@ def compare(real, fake):
 def open_both(args):
     """(reference, what is scored) of the command."""
     if args.command == "fid":
-        return open_pictures(args.reference, args.size), open_pictures(args.pictures, args.size)
+        return [open_pictures(path, args.size) for path in (args.reference, args.pictures)]
     if args.command == "rfid":
         tokenizer = open_tokenizer(args.tokenizer, args.device)
         dataset = data.open_dataset(args.data, "val", tokenizer.config.image_size)
@@ -442,7 +441,7 @@ def main():
     fid, rfid, gfid = (commands.add_parser(name, description=__doc__)
                        for name in ("fid", "rfid", "gfid"))
     fid.add_argument("reference", metavar="A", help="folder, or .npz of pictures or statistics")
-    fid.add_argument("pictures", metavar="B", help="what is scored: the same kinds")
+    fid.add_argument("pictures", metavar="B", help="what is scored, as A")
     rfid.add_argument("tokenizer", help="a checkpoint")
     gfid.add_argument("generator", help="a checkpoint")
     gfid.add_argument("--reference", metavar="PATH", help="folder or .npz; default: --data's train")
@@ -453,25 +452,22 @@ def main():
         command.add_argument("--data", help="as in training")
         command.add_argument("--images", type=int, help="images of the data; default: all")
         command.add_argument("--rounding", choices=("round", "truncate"), default="round",
-                             help="to bytes; truncate: as TiTok's evaluator")
+                             help="truncate: as TiTok's evaluator")
     for command in (fid, gfid):
         command.add_argument("--size", type=int, help="take files' middle square, resized to this")
     for command in (fid, rfid, gfid):
-        for flag, name, text in (("--inception", "FILE", f"default: {WEIGHTS}"),
-                                 ("--json", "FILE", "write scores and protocol here, too"),
-                                 ("--save", "FILE.npz", "what is scored, for ADM's evaluator"),
-                                 ("--device", "NAME", "cpu or cuda; default: cuda if present")):
-            command.add_argument(flag, metavar=name, help=text)
+        command.add_argument("--inception", metavar="FILE", help=f"default: {WEIGHTS}")
+        command.add_argument("--json", metavar="FILE", help="for scores and protocol")
+        command.add_argument("--save", metavar="FILE.npz", help="pictures, for ADM's evaluator")
+        command.add_argument("--device", help="cpu or cuda; default: cuda if present")
     args = trainer.parse(parser)
     rank, _ = trainer.setup_ranks(args.device)
     real, fake = open_both(args)
     protocol = [f"reference: {real.name}", f"scored: {fake.name}"]
     if args.command != "fid":
         protocol.append(f"rounding to bytes: {args.rounding}")
-    raw = Path(f"{args.save}.npy")
     if args.save:
-        if not fake.count:
-            raise BadInput(f"--save: no pictures, only {fake.name}")
+        raw = Path(f"{args.save}.npy")
         if rank == 0:
             raw.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(raw, "w+", np.uint8, (fake.count, *fake.size, 3))
@@ -491,13 +487,12 @@ def main():
     if args.save:
         def write(path):
             with open(path, "wb") as file:
-                np.savez(file, fake.copy)       # as arr_0; piece by piece, never all in memory
+                np.savez(file, fake.copy)       # as arr_0, never all in memory
         trainer.write_atomically(args.save, write)
         raw.unlink()
     if args.json:
-        report = {"scores": scores, "protocol": protocol + notes}
-        text = json.dumps(report, indent=1) + "\n"
-        trainer.write_atomically(args.json, lambda path: path.write_text(text))
+        text = json.dumps({"scores": scores, "protocol": protocol + notes}, indent=1)
+        trainer.write_atomically(args.json, lambda path: path.write_text(text + "\n"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Stage 3: a generator learns which codes follow which, and its samples decode to new images.
 
     python generator.py --mode ar  # or maskgit; on the codes of the tokenizer in --out
-    python generator.py --mode ar --sample 64 --classes 3,bag --seed 1 --guidance_scale 2
+    python generator.py --mode ar --sample 64 --classes 3,bag --seed 1
     python generator.py --mode ar --tokenizer out/toy/vqgan.pt  # the 2-D VQGAN (Table 1, row 1)
 
-Both model p(codes | class), codes being L numbers below K from a frozen tokenizer, and p(codes),
-for classifier-free guidance:
+Both model p(codes | class), codes of a frozen tokenizer, and p(codes) for classifier-free guidance:
 - AR (LlamaGen): p(code_0 | class) p(code_1 | class, code_0) ..., the order NativeTok is made for.
 - MaskGIT (U-ViT): predicts all masked codes at once, keeps those it is most confident of, repeats.
 
@@ -61,7 +60,6 @@ class GeneratorConfig:
 
 
 SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps")
-LLAMAGEN_B = GeneratorConfig()
 UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, temperature=2.8,
                          guidance_scale=6.9, guidance="power-cosine", sampling_steps=64)
 TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4,
@@ -69,13 +67,11 @@ TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, l
 PRESETS = {
     "ar_toy": TOY,
     "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),  # at 1, samples repeat
-    "ar_small": LLAMAGEN_B,
+    "ar_small": GeneratorConfig(),
     "maskgit_small": replace(UVIT_L, tokens=32, width=768, layers=12, heads=12),
-    "ar_full": LLAMAGEN_B,   # paper, Table 1
+    "ar_full": GeneratorConfig(),  # LlamaGen-B; paper, Table 1
     "maskgit_full": UVIT_L,  # Table 2; sampled as TiTok-S-128
-    "llamagen_b": LLAMAGEN_B,
-    "llamagen_l": replace(LLAMAGEN_B, width=1024, layers=24, heads=16),
-    "maskgit_uvit_l": UVIT_L,
+    "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),
 }
 TRAINING = {
     "ar_toy": TrainConfig(steps=700, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4,
@@ -94,13 +90,12 @@ TRAINING |= {f"{mode}_small": replace(TRAINING[f"{mode}_full"], micro_batch=128)
 # ---- Drawing a code from logits
 
 def gumbel(like, generator=None):
-    """Gumbel noise of the shape of `like`."""
     return -torch.empty_like(like).exponential_(generator=generator).clamp(min=1e-10).log()
 
 
 def sample(logits, temperature, generator=None, top_k=0):
-    """Codes [...] drawn from softmax(logits / temperature), logits [..., K]; temperature 0: the
-    likeliest. top_k: only the k likeliest; 0 is all."""
+    """logits [..., K] -> codes [...] drawn from softmax(logits / temperature), of the top_k
+    likeliest (0: all)."""
     if top_k:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]   # [..., 1]
         logits = logits.masked_fill(logits < smallest, -math.inf)
@@ -117,8 +112,8 @@ def guide(logits, scale):
 
 def rotary(config, length, device):
     """How far each position rotates each pair of channels: complex [T, D/h/2]. 2d: half of
-    the pairs turn by the code's row in the grid, half by its column. Row 0, the class token's, is
-    zero and not one, as LlamaGen was trained: its query and key vanish."""
+    the pairs turn by the code's row in the grid, half by its column. The class token's is 0 and
+    not 1, as LlamaGen was trained: its query and key vanish."""
     position, grid = torch.arange(length - 1, device=device), math.isqrt(length)
     parts = [position] if config.rope == "1d" else [position // grid, position % grid]
     pairs = config.width // config.heads // 2 // len(parts)
@@ -163,7 +158,7 @@ class LlamaBlock(nn.Module):
 
 
 class ARGenerator(nn.Module):
-    """p(codes | class) as a product: logits at position i read the class and codes[:, :i]."""
+    """Logits at position i read the class and codes[:, :i]."""
     def __init__(self, config):
         super().__init__()
         if config.rope == "2d" and math.isqrt(config.tokens) ** 2 != config.tokens:
@@ -186,8 +181,8 @@ class ARGenerator(nn.Module):
         return self.cls_embedding.embedding_table(labels)[:, None]
 
     def forward(self, codes, labels, drop_label=None):
-        """codes int64 [B, L] below K, labels int64 [B], drop_label bool [B] (True: hide the class)
-        -> logits [B, L, K]. The last code is not read: there is nothing after it to predict."""
+        """codes int64 [B, L], labels int64 [B], drop_label bool [B] (True: hide the class) ->
+        logits [B, L, K]. The last code is not read."""
         x = [self.class_token(labels, drop_label), self.tok_embeddings(codes[:, :-1])]
         x = self.dropout(torch.cat(x, dim=1))                         # [B, L, D]
         rotation = rotary(self.config, codes.shape[1], codes.device)  # [L, D/h/2]
@@ -210,8 +205,7 @@ class ARGenerator(nn.Module):
     @torch.no_grad()
     def generate(self, labels, guidance_scale=1.0, temperature=1.0, top_k=0, generator=None):
         """labels int64 [B] -> codes int64 [B, L]. Keeps keys and values of earlier positions; both
-        halves of the guidance are one batch. Another batch size acts as another seed.
-        guidance_scale, top_k: see guide and sample."""
+        halves of the guidance are one batch. See guide and sample."""
         c, B, device = self.config, len(labels), labels.device
         R = B if guidance_scale == 1 else 2 * B
         drop_label = torch.arange(R, device=device) >= B  # [R]
@@ -232,7 +226,7 @@ class ARGenerator(nn.Module):
 # ---- MaskGIT (arXiv 2202.04200) with a U-ViT (arXiv 2209.12152), as TiTok; its weights' names
 
 class UViTBlock(nn.Module):
-    """A pre-norm block. Those after the middle first take in their mirror block's output (skip)."""
+    """Those after the middle first take in their mirror block's output (skip)."""
     def __init__(self, config, skip=False):
         super().__init__()
         width, self.heads = config.width, config.heads
@@ -255,8 +249,7 @@ class UViTBlock(nn.Module):
 
 
 class MaskGITGenerator(nn.Module):
-    """Logits for every position from the codes that are not masked. One table embeds all: K codes,
-    the mask (K), the classes (K + 1 ...), and "no class" (the last)."""
+    """One table embeds all: K codes, the mask (K), the classes (K + 1 ...), "no class" (last)."""
     def __init__(self, config):
         super().__init__()
         self.config, self.mask = config, config.codebook_size
@@ -275,8 +268,8 @@ class MaskGITGenerator(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, codes, labels, drop_label=None):
-        """codes int64 [B, L], K being the mask; labels int64 [B]; drop_label bool [B] (True: hide
-        the class) -> logits [B, L, K]."""
+        """codes int64 [B, L] (K: masked), labels int64 [B], drop_label bool [B] (True: hide the
+        class) -> logits [B, L, K]."""
         if drop_label is not None:
             labels = labels.masked_fill(drop_label, self.config.num_classes)
         x = torch.cat([self.mask + 1 + labels[:, None], codes], dim=1)  # [B, 1 + L]
@@ -292,12 +285,9 @@ class MaskGITGenerator(nn.Module):
     @torch.no_grad()
     def generate(self, labels, guidance_scale=1.0, steps=8, guidance="constant", temperature=1.0,
                  softmax_temperature_annealing=False, generator=None):
-        """labels int64 [B] -> codes int64 [B, L], in `steps` forward passes, at most L.
-
-        guidance_scale: TiTok's constant and linear ones are one less. guidance: the scale is
-        constant or grows from 1. temperature: of the noise, falling to 0, in the choice of codes
-        and of those to keep. softmax_temperature_annealing: divide the logits by what falls to 0.5.
-        """
+        """labels int64 [B] -> codes int64 [B, L], in `steps` forward passes, at most L. The scale
+        is constant or grows from 1 (TiTok's constant and linear ones are one less). The noise's
+        temperature falls to 0; annealing divides the logits by what falls to 0.5."""
         tokens, device = self.config.tokens, self.pos_embed.device
         steps = min(steps, tokens)
         codes = torch.full((len(labels), tokens), self.mask, device=device)  # [B, L]
@@ -348,10 +338,10 @@ def ar_loss(model, config, codes, labels):
 
 def maskgit_loss(model, config, codes, labels):
     """Cross-entropy after masking a random share of the codes: arccos(u) * 2 / pi for uniform u,
-    which is mostly large, as in the first sampling steps, which matter most."""
+    which is mostly large."""
     drop_label = torch.rand(len(labels), device=labels.device) < config.class_dropout  # [B]
     share = torch.acos(torch.rand(len(codes), 1, device=codes.device)) * 2 / math.pi   # [B, 1]
-    # round, where mask_counts rounds down: as TiTok. Here it is the mean share that must be right
+    # round, where mask_counts rounds down: as TiTok
     count = (share * codes.shape[1]).round().clamp(min=1)                         # [B, 1]
     masked = torch.rand(codes.shape, device=codes.device).argsort(dim=1) < count  # [B, L]
     logits = model(codes.masked_fill(masked, config.codebook_size), labels, drop_label).float()
@@ -369,27 +359,27 @@ LOSSES = {"ar": ar_loss, "maskgit": maskgit_loss}
 
 # ---- The code cache: the codes of all images, extracted once, in <out>/codes_<tokenizer>
 
-BLOCK = 16_384  # images in a part: what a kill costs each rank at most
+BLOCK = 16_384  # images in a part of the cache
 
 
 def open_tokenizer(path, device="cpu"):
-    """The model whose codes are generated: a NativeTok, a TiTok or a VQGAN; its .path is path."""
+    """A NativeTok, a TiTok or a VQGAN; its .path is path."""
     checkpoint = trainer.load_checkpoint(path, ("vqgan", "tokenizer"), "python tokenizer.py")
-    load = {"vqgan": load_vqgan, "tokenizer": load_tokenizer}[checkpoint["stage"]]
+    load = load_vqgan if checkpoint["stage"] == "vqgan" else load_tokenizer
     tokenizer = load(path, device)
     tokenizer.path = path
     return tokenizer
 
 
 def codes_name(tokenizer_path):
-    """What the codes are called in file names. Stage 2 changes how codes decode, not the codes."""
+    """Of file names. Stage 2 changes how codes decode, not the codes."""
     return Path(tokenizer_path).stem.removesuffix("_stage2")
 
 
 def codes_fingerprint(tokenizer):
-    """Changes with the weights that decide the codes, and not with the decoder's."""
-    return trainer.fingerprint(tokenizer, leave_out=("decoder.", "pixel_", "quantizer.usage",
-                                                     "quantize.usage"))
+    """Of the weights that decide the codes, so not of the decoder's."""
+    leave_out = "decoder.", "pixel_", "quantizer.usage", "quantize.usage"
+    return trainer.fingerprint(tokenizer, leave_out)
 
 
 def views_of(images, views, size):
@@ -402,7 +392,7 @@ def views_of(images, views, size):
 
 @torch.no_grad()
 def extract_codes(run, tokenizer, fingerprint, dataset, folder):
-    """codes [views, n, L] of all images; the ranks share the parts that are not there."""
+    """codes [views, n, L] of all images; the ranks share the missing parts."""
     n, views, codebook_size = len(dataset), run.config.views, run.config.codebook_size
     key = data.hash_of(fingerprint, dataset.fingerprint, n, views, codebook_size, BLOCK)
     if run.main:    # AR and MaskGIT may start side by side: the second waits for the first
@@ -411,7 +401,7 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
             part.unlink()  # of another tokenizer or of other data
     trainer.gather(None)   # rank 0 is here
     for i in range(run.rank, math.ceil(n / BLOCK), run.world):
-        part, rows = folder / f"part_{key}_{i:06}.npy", np.arange(n)[i * BLOCK:(i + 1) * BLOCK]
+        part, rows = folder / f"part_{key}_{i:06}.npy", np.arange(n)[i * BLOCK:][:BLOCK]
         if part.exists():
             continue
         run.say(f"{part}: codes of images {rows[0]:,} to {rows[-1]:,} of {n:,}")
@@ -423,22 +413,21 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
         codes = codes.astype(np.uint16 if codebook_size <= 2 ** 16 else np.uint32)
 
         def save(temporary):
-            with open(temporary, "wb") as file:  # given a name, np.save would add .npy to it
+            with open(temporary, "wb") as file:  # to a name, np.save would add .npy
                 np.save(file, codes)
         trainer.write_atomically(part, save)
     trainer.gather(None)  # all parts are there
     return load_codes(folder)
 
 
-def load_codes(folder):
-    """codes [views, n, L] of a complete code cache."""
+def load_codes(folder):  # -> [views, n, L]
     parts = sorted(Path(folder).glob("part_*.npy"))
     return np.concatenate([np.load(part) for part in parts], axis=1)
 
 
 def code_batches(codes, labels, batch_size, seed, step=0, rank=0, world=1, accumulate=1):
-    """As data.batches, for codes [views, n, L], an image's views taking turns by epoch: endless
-    (codes int64 [b, L], labels int64 [b])."""
+    """As data.batches, for codes [views, n, L]: endless (codes int64 [b, L], labels int64 [b]). An
+    image's views take turns by epoch."""
     size = batch_size // (world * accumulate)
     for epochs, indices in data.row_order(len(labels), batch_size, seed, step):
         for i in range(rank * accumulate, (rank + 1) * accumulate):
@@ -451,11 +440,11 @@ def code_batches(codes, labels, batch_size, seed, step=0, rank=0, world=1, accum
 
 def train(args, config, training, tokenizer_path):
     tokenizer = open_tokenizer(tokenizer_path, args.device)
-    size = tokenizer.config.image_size
-    size = int(1.1 * size) if config.views == 10 else size  # ten crops need some room
+    room = 1.1 if config.views == 10 else 1  # for ten crops
+    size = int(room * tokenizer.config.image_size)
     dataset = data.open_dataset(args.data, "train", size, draft=True)
-    found = {"tokens": tokenizer.config.tokens, "num_classes": len(dataset.classes),
-             "codebook_size": tokenizer.config.codebook_size}
+    found = {"tokens": tokenizer.config.tokens, "codebook_size": tokenizer.config.codebook_size,
+             "num_classes": len(dataset.classes)}
     for flag, value in found.items():
         if getattr(args, flag, value) != value:
             source = args.data if flag == "num_classes" else tokenizer_path
@@ -499,8 +488,8 @@ def train(args, config, training, tokenizer_path):
 # ---- Pictures
 
 def load_generator(path, device="cpu"):
-    """A trained generator in eval mode, with its averaged weights, and .classes (names),
-    .tokenizer_path, .tokenizer_fingerprint. Raises BadInput if the file is not one."""
+    """A trained generator (EMA weights, eval mode) with .classes (names), .tokenizer_path and
+    .tokenizer_fingerprint."""
     checkpoint = trainer.load_checkpoint(path, tuple(GENERATORS), "python generator.py")
     model = trainer.load_model(GENERATORS[checkpoint["stage"]], GeneratorConfig, checkpoint, path)
     model.classes, model.tokenizer_path = checkpoint["classes"], checkpoint["tokenizer"]
@@ -510,27 +499,26 @@ def load_generator(path, device="cpu"):
 
 def load_pair(path, tokenizer_path=None, device="cpu"):
     """(generator, tokenizer); by default the one it was trained on, in the same folder, after stage
-    2 if it is there. Raises BadInput for a tokenizer with other codes."""
+    2 if it is there. Raises BadInput if its codes are others."""
     generator = load_generator(path, device)
     beside = Path(path).with_name(Path(generator.tokenizer_path).name)
     stage2 = beside.with_name(f"{codes_name(beside)}_stage2.pt")
     tokenizer = open_tokenizer(tokenizer_path or (stage2 if stage2.exists() else beside), device)
     if generator.tokenizer_fingerprint != codes_fingerprint(tokenizer):
-        raise BadInput(f"{path}: not trained on the codes of {tokenizer.path}. Name its tokenizer "
-                       f"with --tokenizer, or train it again with --overwrite")
+        raise BadInput(f"{path}: not trained on the codes of {tokenizer.path}. Name its "
+                       f"--tokenizer, or train again with --overwrite")
     return generator, tokenizer
 
 
 def sample_codes(model, labels, seed=0, batch_size=500, **changes):
-    """labels int64 [n] -> codes int64 [n, L] on the CPU, sampled as the model's config says.
-    changes: fields to replace in it. Another batch_size acts as another seed."""
+    """labels int64 [n] -> codes int64 [n, L] on the CPU, sampled as the model's config with changes
+    says. Another batch_size acts as another seed."""
     c, device = replace(model.config, **changes), next(model.parameters()).device
-    how = {"guidance_scale": c.guidance_scale, "temperature": c.temperature,
-           "generator": torch.Generator(device).manual_seed(seed)}
-    how |= {"top_k": c.top_k} if c.mode == "ar" else {"steps": c.sampling_steps,
-                                                      "guidance": c.guidance}
-    return torch.cat([model.generate(batch.to(device), **how).cpu()
-                      for batch in labels.split(batch_size)])
+    how = {"top_k": c.top_k} if c.mode == "ar" else {"steps": c.sampling_steps,
+                                                     "guidance": c.guidance}
+    generate = partial(model.generate, guidance_scale=c.guidance_scale, temperature=c.temperature,
+                       generator=torch.Generator(device).manual_seed(seed), **how)
+    return torch.cat([generate(batch.to(device)).cpu() for batch in labels.split(batch_size)])
 
 
 def decode(tokenizer, codes):
@@ -544,7 +532,7 @@ def save_grid(images, path):
 
 
 def find_classes(text, names):
-    """Class numbers for "3,bag": names, numbers, or a word that any number of names have."""
+    """Class numbers of "3,bag": a name, a number, or a word that several names may share."""
     found, names = [], [name.lower() for name in names]
     for word in (word.strip() for word in text.lower().split(",")):
         fits = ([i for i, name in enumerate(names) if word == name]
@@ -560,22 +548,21 @@ def find_classes(text, names):
 def sample_pictures(args, tokenizer_path, path):
     """--sample: new images in one grid, or with --separate as files in a folder."""
     model, tokenizer = load_pair(path, tokenizer_path, args.device)
-    names = model.classes
     changes = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
     output = Path(args.output or args.out / f"{path.stem}_samples{'' if args.separate else '.png'}")
-    if args.sample < 1:
-        raise BadInput(f"--sample {args.sample}: at least 1")
     if (args.separate or args.output) and output.exists() and not args.overwrite:
         raise BadInput(f"{output}: exists. Choose another --output, or add to it with --overwrite")
+    names, count = model.classes, args.sample
     wanted = find_classes(args.classes, names) if args.classes else range(len(names))
-    labels = torch.tensor([wanted[i * len(wanted) // args.sample] for i in range(args.sample)])
+    labels = torch.tensor([wanted[i * len(wanted) // count] for i in range(count)])     # [n]
     images = decode(tokenizer, sample_codes(model, labels, args.seed, **changes))
-    if not args.separate:
+    if args.separate:
+        for i, label in enumerate(labels):
+            file = output / f"{i:05}_{names[label].replace('/', '-')}.png"
+            data.save_picture(data.picture_grid(images[i:i + 1], 1), file)
+    else:
         save_grid(images, output)
-    for i, label in enumerate(labels if args.separate else ()):
-        picture = data.picture_grid(images[i:i + 1], 1)
-        data.save_picture(picture, output / f"{i:05}_{names[label].replace('/', '-')}.png")
-    print(f"{output}: {len(labels)} samples")
+    print(f"{output}: {count} samples")
 
 
 def main():

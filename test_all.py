@@ -1,9 +1,9 @@
-"""The test suite: properties rather than snapshots. python -m pytest -q test_all.py (make test installs what it needs).
+"""The test suite: python -m pytest -q test_all.py (make test installs what it needs).
 
-Scripts are run as a user runs them, each as a process of its own, in a folder `toy` that is made once, a few steps per
-stage, on `shapes`, so that nothing is downloaded. By hand, with more patience:
+Scripts are run as a user runs them, each as a process of its own, in a folder `toy` that is made
+once, a few steps per stage, on `shapes`, so that nothing is downloaded. By hand, with patience:
 
-    KILLS=100 python -m pytest -q -s test_all.py -k killed      SIGKILL at random moments, 100 times per stage
+    KILLS=100 python -m pytest -q -s test_all.py -k killed      SIGKILL, 100 times per stage
 """
 import contextlib
 import copy
@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import evaluate
@@ -45,8 +44,7 @@ import tokenizer
 import trainer
 import vqgan
 from extras import bench, paper, pretrained, report
-from generator import (
-    ARGenerator, GeneratorConfig, codes_fingerprint, load_generator, open_tokenizer)
+from generator import ARGenerator, GeneratorConfig, codes_fingerprint
 from tokenizer import TokenizerConfig, build
 from trainer import BadInput
 from vqgan import ConvNeXtSmall, VQGAN, VQGANConfig, VectorQuantizer
@@ -89,7 +87,7 @@ def become(words, cwd, environment, stdout, stderr):
 
 @contextlib.contextmanager
 def running(command, cwd=ROOT, stdout=os.devnull, stderr=os.devnull):
-    """`python ...` as a process of its own (pid, exitcode, join()) that does not outlive the block."""
+    """`python ...` as a process of its own (pid, exitcode, join()) that ends with the block."""
     words = (shlex.split(command)[1:], str(cwd), {**os.environ, **ENVIRONMENT}, str(stdout),
              str(stderr))
     # as source: a fork that imported this file for the function would have our modules, not its own
@@ -104,9 +102,10 @@ def running(command, cwd=ROOT, stdout=os.devnull, stderr=os.devnull):
 
 
 def run(command, code=0, cwd=ROOT, fresh=False, **environment):
-    """Run a command line of the README; its output. Fails unless it exits with code. fresh: in a new
-    interpreter, even where a fork of the warm one would do."""
-    if re.fullmatch(r"python (-m \S+|\S+\.py)( [^;|&<>$*`]*)?", command) and not (fresh or environment):
+    """The output of a command line, which must exit with code. fresh: in a new interpreter, even
+    where a fork of the warm one would do."""
+    simple = re.fullmatch(r"python (-m \S+|\S+\.py)( [^;|&<>$*`]*)?", command)
+    if simple and not (fresh or environment):
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / name for name in ("stdout", "stderr")]
             with running(command, cwd, *files) as process:
@@ -114,7 +113,7 @@ def run(command, code=0, cwd=ROOT, fresh=False, **environment):
             output, returncode = "".join(file.read_text() for file in files), process.exitcode
     else:
         command = re.sub(r"^python ", f"{sys.executable} ", command)
-        command = re.sub(r"^torchrun ", f"{sys.executable} -m torch.distributed.run ", command)
+        command = command.replace("torchrun ", f"{sys.executable} -m torch.distributed.run ")
         done = subprocess.run(command, shell=True, cwd=cwd, capture_output=True, text=True,
                               timeout=300, env={**os.environ, **ENVIRONMENT, **environment})
         output, returncode = done.stdout + done.stderr, done.returncode
@@ -137,16 +136,13 @@ SMALL = "--config toy --data shapes --log_every 2 --preview_every 100 --batch_si
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A results folder with every stage in it, a few steps each, made with the README's commands."""
+    """A results folder with every stage in it, a few steps each, by the README's commands."""
     out = tmp_path_factory.mktemp("toy")
-    small = f"{SMALL} --out {out} --steps 4"
-    run(f"python vqgan.py {small}")
-    run(f"python tokenizer.py {small} --tokens 2")
-    run(f"python hnt.py {small} --tokens 4 --strategy reuse")
-    run(f"python hnt.py {small} --steps 10 --tokens 4")
-    run(f"python tokenizer.py {small} --tokens 4 --stage 2 --discriminator_first 1")
-    run(f"python generator.py {small} --tokens 4 --mode ar")
-    run(f"python generator.py {small} --tokens 4 --mode maskgit")
+    for command in ("vqgan.py", "tokenizer.py --tokens 2", "hnt.py --tokens 4 --strategy reuse",
+                    "hnt.py --tokens 4 --steps 10",
+                    "tokenizer.py --tokens 4 --stage 2 --discriminator_first 1",
+                    "generator.py --tokens 4 --mode ar", "generator.py --tokens 4 --mode maskgit"):
+        run(f"python {command.replace('.py', f'.py {SMALL} --steps 4 --out {out}')}")
     return out
 
 
@@ -200,8 +196,9 @@ def seeded(seed=7):
 
 # ---- The model (tokenizer.py)
 
-TINY_VQGAN = VQGANConfig(image_size=16, channels=8, channel_mult=(1, 1, 2), res_blocks=1, code_dim=4,
-                         codebook_size=16, l2_norm=True, norm_groups=4)
+CPU = torch.device("cpu")
+TINY_VQGAN = VQGANConfig(image_size=16, channels=8, channel_mult=(1, 1, 2), res_blocks=1,
+                         code_dim=4, codebook_size=16, l2_norm=True, norm_groups=4)
 TINY = TokenizerConfig(tokens=4, patch_size=8, width=32, encoder_layers=2, decoder_layers=1,
                        heads=2, expert_width=16, expert_heads=2, code_dim=4, codebook_size=32,
                        vqgan=TINY_VQGAN)
@@ -216,7 +213,7 @@ def pictures(n=3, size=16, seed=1):
     return torch.rand(n, 3, size, size, generator=seeded(seed))
 
 
-def test_token_i_does_not_depend_on_later_experts():
+def test_token_i_reads_earlier_experts_and_no_later_ones():
     model, images = tiny(), pictures()
     before, codes = model.latents(images), model.encode(images)
     for i in range(1, TINY.tokens):
@@ -228,63 +225,46 @@ def test_token_i_does_not_depend_on_later_experts():
         assert torch.equal(after[:, :i], before[:, :i])
         assert torch.equal(changed.encode(images)[:, :i], codes[:, :i])
         assert not torch.allclose(after[:, i:], before[:, i:])
-
-
-def test_later_tokens_read_earlier_ones():
-    model, images = tiny(), pictures()
-    before = model.latents(images)
     model.mocet.experts[0].blocks[-1].mlp[-1].bias.data += torch.randn(16)      # changes z_0 alone
     assert ((model.latents(images) - before).abs().amax((0, 2)) > 1e-5).all()
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_fast_mocet_equals_plain_in_outputs_and_gradients(layers):
+def test_fast_and_recomputed_mocet_equal_plain_in_outputs_and_gradients(layers):
     torch.manual_seed(0)
-    mocet = tokenizer.MoCET(tokens=5, width=16, heads=2, layers=layers).double()
+    mocet = tokenizer.MoCET(tokens=5, width=16, heads=2, layers=layers).double().train()
     x_latent = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
     target = torch.randn(2, 5, 16, dtype=torch.float64)
     results = []
-    for forward in (mocet.forward_plain, mocet.forward):
+    for recompute, forward in ((False, mocet.forward_plain), (False, mocet), (True, mocet)):
+        mocet.recompute = recompute
         z = forward(x_latent)
         gradients = torch.autograd.grad((z * target).sum(), [x_latent, *mocet.parameters()])
         results.append([z, *gradients])
-    for plain, fast in zip(*results):
-        torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+    for plain, *others in zip(*results):
+        for other in others:
+            torch.testing.assert_close(other, plain, rtol=1e-10, atol=1e-12)
 
 
-def test_recomputed_experts_give_the_same_gradients():
-    model, results = tiny().train(), []
-    for model.mocet.recompute in (False, True):
-        model.zero_grad()
-        z = model.latents(pictures())
-        z.square().mean().backward()
-        results.append((z, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
-    assert equal(*results)
+def test_compiled_blocks_share_a_graph_and_equal_the_plain_ones(monkeypatch):
+    def gradients():
+        model = tiny(tokens=12)
+        model.latents(pictures()).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-
-def test_compiled_blocks_share_a_graph_and_equal_the_plain_ones():
-    """In a process of its own: compiling changes the class for good."""
-    done = run("""python -c "
-import torch, functools, trainer
-from test_all import tiny, pictures
-from tokenizer import Block
-import torch._dynamo.utils as utils
-def step(model):
-    z = model.latents(pictures())
-    z.square().mean().backward()
-    return z.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-plain = step(tiny(tokens=12))
-torch.compile = functools.partial(torch.compile, backend='aot_eager')
-trainer.compile_methods(Block, 'forward', 'last_position')
-for a, b in zip(plain, step(tiny(tokens=12))):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-print('graphs', utils.counters['frames']['ok'])
-" """)
-    assert "graphs 3" in done       # MIT's blocks, the experts' first ones, the experts' last ones
+    from torch._dynamo.utils import counters
+    plain, frames = gradients(), counters["frames"]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for name in ("forward", "last_position"):           # to be put back at the end
+        monkeypatch.setattr(tokenizer.Block, name, getattr(tokenizer.Block, name))
+        trainer.compile_methods(tokenizer.Block, name)
+    before = frames["ok"]
+    torch.testing.assert_close(gradients(), plain, rtol=1e-5, atol=1e-6)
+    assert frames["ok"] - before == 3       # MIT's blocks, the experts' first ones, their last ones
 
 
 @pytest.mark.parametrize("model", ["nativetok", "titok", "titok_causal"])
-def test_decode_takes_any_prefix(model):
+def test_decode_takes_any_prefix_hard_the_most_probable_codes(model):
     model, images = tiny(model), pictures()
     codes = model.encode(images)
     assert codes.shape == (3, 4) and codes.dtype == torch.int64
@@ -292,17 +272,11 @@ def test_decode_takes_any_prefix(model):
         for hard in (False, True):
             decoded = model.decode_codes(codes[:, :k], hard=hard)
             assert decoded.shape == images.shape and 0 <= decoded.min() and decoded.max() <= 1
-    with pytest.raises(BadInput, match="5 codes"):
-        model.decode_codes(torch.zeros(1, 5, dtype=torch.int64))
-
-
-def test_hard_decode_takes_the_most_probable_codes():
-    model = tiny()
-    codes = torch.randint(32, (2, 4))
     best = model.decoder(model.quantizer.lookup(codes)).argmax(-1)
     grid = model.pixel_codebook(best).transpose(1, 2).unflatten(2, (4, 4))
-    torch.testing.assert_close(model.decode_codes(codes, hard=True),
-                               model.pixel_decoder(grid).clamp(0, 1))
+    torch.testing.assert_close(decoded, model.pixel_decoder(grid).clamp(0, 1))
+    with pytest.raises(BadInput, match="5 codes"):
+        model.decode_codes(torch.zeros(1, 5, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("model, reaches", [("titok", True), ("titok_causal", False)])
@@ -315,24 +289,21 @@ def test_causal_mask_really_masks(model, reaches):
     assert not torch.allclose(after[:, 2:], before[:, 2:])
 
 
-def test_parameter_counts_of_the_paper():
-    def count(parameters):
-        return sum(p.numel() for p in parameters) / 1e6
+def test_parameter_counts_of_the_paper(monkeypatch, capsys):
+    def millions(name):
+        return bench.count(build(tokenizer.PRESETS[name])) / 1e6
 
     with torch.device("meta"):
-        for tokens, millions, share in ((32, 616.2, None), (64, 666.8, 0.562), (128, 768.0, 0.553)):
-            model = tokenizer.NativeTok(replace(tokenizer.PRESETS["full"], tokens=tokens))
-            assert count(model.parameters()) == pytest.approx(millions, abs=0.06)
-            if share:
-                hnt.freeze_reused(model, tokens // 2)
-                own = [p for n, p in model.named_parameters() if not n.startswith("pixel_")]
-                trained = count(p for p in own if p.requires_grad) / count(own)
-                assert trained == pytest.approx(share, abs=0.0005)
-        titok = tokenizer.TiTok(tokenizer.PRESETS["titok_l_32"])
-        assert count(titok.parameters()) == pytest.approx(641.0, abs=0.06)
-        sizes = [count(tokenizer.build(tokenizer.PRESETS[name]).parameters())
-                 for name in ("toy", "titok_toy")]      # the toy's baseline has as many
-        assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+        for name, expected in (("nativetok_32", 616.2), ("nativetok_128", 768.0),
+                               ("titok_l_32", 641.0)):
+            assert millions(name) == pytest.approx(expected, abs=0.06)
+        assert millions("toy") == pytest.approx(millions("titok_toy"), rel=0.05)
+    wanted = {"NativeTok-64": "666.80", "LlamaGen-B, VQGAN": "110.89", "U-ViT-L": "294.99"}
+    monkeypatch.setattr(bench, "COUNTED", {what: bench.COUNTED[what] for what in wanted})
+    bench.params(None)
+    output = capsys.readouterr().out
+    assert all(f"{what}: {total}M parameters" in output for what, total in wanted.items())
+    assert "56.2% of all but the VQGAN" in output
 
 
 def test_stage2_leaves_codes_alone_and_trains_only_the_decoders(toy):
@@ -345,20 +316,20 @@ def test_stage2_leaves_codes_alone_and_trains_only_the_decoders(toy):
         assert not torch.equal(one[key], two[key])
 
 
-def test_tokenizer_overfits_64_images():
+def test_tokenizer_overfits_16_images():
     torch.manual_seed(0)
     shapes = data.open_dataset("shapes", "train", 16)
-    images = torch.from_numpy(shapes.get_many(range(64), [None] * 64)) / 255
+    images = torch.from_numpy(shapes.get_many(range(16), [None] * 16)) / 255
     model = tokenizer.NativeTok(replace(TINY, width=64, expert_width=32, codebook_size=64))
-    targets = vqgan.VQGAN(TINY_VQGAN).eval().encode(images)                 # [64, 16]
-    assert len(targets.unique()) > 4
-    loss_fn, optimizer = tokenizer.Stage1Loss(model), torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(400):
-        loss, parts = loss_fn(images, targets)
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
-        model.quantizer.update_usage(0.1 if step < 250 else 0.0)
-    with torch.no_grad():
-        logits = model.decoder(model.quantizer.lookup(model.encode(images)))
+    targets = VQGAN(TINY_VQGAN).eval().encode(images)                       # [16, 16]
+    assert (targets == targets.mode(0).values).float().mean() < 0.6     # what no code could tell
+    loss_fn, optimizer = tokenizer.Stage1Loss(model), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(250):
+        optimizer.zero_grad()
+        loss_fn(images, targets)[0].backward()
+        optimizer.step()
+        model.quantizer.update_usage(0.1 if step < 120 else 0.0)
+    logits = model.decoder(model.quantizer.lookup(model.encode(images)))
     assert (logits.argmax(-1) == targets).float().mean() > 0.9
 
 
@@ -392,10 +363,10 @@ def test_old_codes_survive_frozen_training_and_frozen_tensors_too():
     hnt.freeze_reused(model, 4)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     experts = tuple(f"mocet.experts.{i}." for i in range(4, 8))
-    assert trains == {n for n, _ in model.named_parameters() if n.startswith(("decoder.", *experts))}
+    assert trains == {n for n in model.state_dict() if n.startswith(("decoder.", *experts))}
+    assert model.latents(images).requires_grad and not model.mit(images).requires_grad
     optimizer = trainer.adamw(model.parameters(), trainer.TrainConfig(learning_rate=1e-2))
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    latents = model.latents(images)
+    before, latents = copy.deepcopy(model.state_dict()), model.latents(images)
     ema, loss_fn = trainer.Ema(model, 0.9), tokenizer.Stage1Loss(model)
     for _ in range(5):
         optimizer.zero_grad()
@@ -414,183 +385,104 @@ def test_old_codes_survive_frozen_training_and_frozen_tensors_too():
     assert frozen == {n for n in before if n.startswith("pixel_")}
 
 
-def test_frozen_part_builds_no_graph():
-    model, images = grown_model(tiny(), 8), pictures()
-    hnt.freeze_reused(model, 4)
-    z = model.mocet(model.mit(images))
-    assert z.requires_grad and not model.mit(images).requires_grad
-    seen, stack = set(), [z.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [following for following, _ in node.next_functions]
-    leaves = {id(node.variable) for node in seen if hasattr(node, "variable")}
-    assert leaves == {id(p) for e in model.mocet.experts[4:] for p in e.parameters()}
-
-
 def test_hnt_run_keeps_the_codes_while_frozen(toy):
     """In the toy folder hnt.py grew 2 -> 4 tokens with strategy reuse, so frozen to the end."""
     old, new = (tokenizer.load_tokenizer(toy / f"nativetok_{n}.pt") for n in ("2", "4_reuse"))
-    images = torch.from_numpy(data.open_dataset("shapes", "val", 32).get_many(range(16), [None] * 16))
-    assert torch.equal(new.encode(images / 255)[:, :2], old.encode(images / 255))
+    images, _ = next(data.all_images(data.open_dataset("shapes", "val", 32), 16))
+    assert torch.equal(new.encode(images)[:, :2], old.encode(images))
     held = load(toy / "nativetok_4_reuse.pt")["optimizer"]["param_groups"]
     hnt.unfreeze(new)
     hnt.freeze_reused(new, 2)
     assert sum(len(g["params"]) for g in held) == sum(p.requires_grad for p in new.parameters())
 
 
-def test_hnt_refuses_another_vqgan_than_its_source_was_trained_with(toy, tmp_path):
-    run(f"python vqgan.py {SMALL} --out {tmp_path} --steps 1 --seed 9 --perceptual none")
-    refused(f"python hnt.py {SMALL} --out {tmp_path} --tokens 4 --source {toy}/nativetok_2.pt",
-            "nativetok_2.pt", "another VQGAN", "--vqgan")
-
-
 # ---- Stage 0 (vqgan.py)
-
-MINI_VQGAN = VQGANConfig(image_size=16, channels=8, channel_mult=(1, 1, 2), res_blocks=1,
-                         code_dim=4, codebook_size=16, norm_groups=4)
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])
 def test_quantizer_gradient_and_losses(l2_norm):
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(8, 4, l2_norm)
-    z = torch.randn(5, 3, 4, requires_grad=True)
+    quantizer, z = VectorQuantizer(1024, 8, l2_norm), torch.randn(700, 3, 8, requires_grad=True)
     z_q, loss = quantizer(z)
     target, book = (F.normalize(t, dim=-1) if l2_norm else t for t in (z, quantizer.codebook()))
-    nearest = torch.cdist(target.flatten(0, 1), book).argmin(-1).view(5, 3)
+    nearest = torch.cdist(target.double().flatten(0, 1), book.double()).argmin(-1).view(700, 3)
     assert torch.equal(quantizer.codes(z), nearest)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.codes(z), nearest)
     torch.testing.assert_close(z_q, book[nearest])
-    distance = (target - z_q).square().mean()
-    assert loss.item() == pytest.approx(1.25 * distance.item(), rel=1e-4)
     grad = functools.partial(torch.autograd.grad, retain_graph=True)
-    weight = torch.randn(5, 3, 4)                       # straight through: as if z_q were target
+    weight = torch.randn(700, 3, 8)                     # straight through: as if z_q were target
     torch.testing.assert_close(grad((z_q * weight).sum(), z), grad((target * weight).sum(), z))
     # the whole gradient goes to the codebook, a quarter to the vectors
     to_book = F.mse_loss(book[nearest], target.detach())
     to_z = 0.25 * F.mse_loss(target, book[nearest].detach())
     rows = quantizer.embedding.weight
+    torch.testing.assert_close(loss, to_book + to_z)
     torch.testing.assert_close(grad(loss, rows), grad(to_book, rows))
     torch.testing.assert_close(grad(loss, z), grad(to_z, z))
 
 
-def test_codes_are_those_of_float32_under_autocast():
-    quantizer, z = VectorQuantizer(1024, 8, l2_norm=True), torch.randn(4096, 8)
-    plain = quantizer.codes(z)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(quantizer.codes(z), plain)
-
-
-def test_dead_codes_are_revived_and_backward_is_not_broken():
-    torch.manual_seed(0)
-    quantizer = VectorQuantizer(32, 4, l2_norm=True)
-    quantizer.embedding.weight.data[8:] = -quantizer.embedding.weight.data[:1]  # 24 at one place
-    z = quantizer.embedding.weight[:1].detach() + 0.3 * torch.randn(4096, 4)
-    before = quantizer.stats()
-    for _ in range(400):
-        quantizer(z)[1].backward()
-        quantizer.update_usage(revive_below=0.1)
-    assert len(quantizer.codes(z).unique()) >= 28
-    assert quantizer.stats()["perplexity"] > 16
-    assert before["perplexity"].item() == pytest.approx(32, rel=1e-4)       # no use counted yet
-
-
-def test_codes_that_are_in_use_are_not_moved():
+def test_unused_codes_are_revived_and_used_ones_are_not_moved():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(4, 2, l2_norm=True)
     quantizer.embedding.weight.data = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
     z = torch.tensor([[1.0, 0.1], [0.1, 1], [-1, 0.1]]).repeat(10, 1)       # never code 3
-    quantizer(z)
+    quantizer(z)[1].backward()
     quantizer.update_usage(decay=0.0)
     assert quantizer.stats()["codes_used"] == 0.75
     assert quantizer.stats()["perplexity"].item() == pytest.approx(3)
     before = quantizer.embedding.weight.detach().clone()
-    quantizer(z)
+    quantizer(z)[1].backward()
     quantizer.update_usage(revive_below=0.1, decay=0.0)                     # this step's use alone
     assert torch.equal(quantizer.embedding.weight[:3], before[:3])
     assert (F.normalize(z, dim=-1) == quantizer.embedding.weight[3]).all(-1).any()
     assert quantizer.usage[3] == 1
 
 
-def test_usage_over_two_micro_batches_equals_one_batch():
-    one = VectorQuantizer(32, 4, l2_norm=True)
-    two, z = copy.deepcopy(one), torch.randn(64, 5, 4)
-    for _ in range(2):
-        one(z)
-        two(z[:32])
-        two(z[32:])
-        one.eval()(torch.randn(3, 4))                   # not training: not counted
-        one.train()
-        for quantizer in (one, two):
-            torch.manual_seed(1)
-            quantizer.update_usage(revive_below=0.99)
-    assert (one.usage != 1).any() and (one.usage == 1).any()                # counted, and revived
-    assert equal(one.state_dict(), two.state_dict())
-
-
 def test_vqgan_codes_are_flat_in_raster_order():
-    model = VQGAN(MINI_VQGAN).eval()
-    images = torch.rand(2, 3, 16, 16)
-    codes = model.encode(images)
-    assert codes.shape == (2, MINI_VQGAN.tokens) == (2, 16) and codes.dtype == torch.int64
-    assert torch.equal(model.quantize.codes(model.latents(images)), codes)
-    torch.testing.assert_close(model.latents(images)[:, 6], model.encoder(images)[:, :, 1, 2])
+    torch.manual_seed(0)
+    model, images = VQGAN(TINY_VQGAN).eval(), pictures()
+    codes, latents = model.encode(images), model.latents(images)
+    assert codes.shape == (3, TINY_VQGAN.tokens) == (3, 16) and codes.dtype == torch.int64
+    assert torch.equal(model.quantize.codes(latents), codes)
+    torch.testing.assert_close(latents[:, 6], model.encoder(images)[:, :, 1, 2])
     decoded = model.decode_codes(codes)
     assert decoded.shape == images.shape and decoded.min() >= 0 and decoded.max() <= 1
-    z_q = model.quantize.lookup(codes).view(2, 4, 4, 4).permute(0, 3, 1, 2)
+    z_q = model.quantize.lookup(codes).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     torch.testing.assert_close(model.decoder(z_q).clamp(0, 1), decoded)
-    reconstruction, _ = model(images)
-    torch.testing.assert_close(reconstruction.clamp(0, 1), decoded, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(images)[0].clamp(0, 1), decoded, atol=1e-5, rtol=1e-4)
 
 
-def test_discriminators():
-    discriminator = vqgan.Discriminator(width=32)
-    assert discriminator(torch.rand(2, 3, 32, 32)).shape == (2, 1, 16, 16)
-    constant = torch.full((1, 3, 8, 8), 0.7)
-    torch.testing.assert_close(vqgan.BlurPool()(constant), constant[..., ::2, ::2])
-    perceptual = vqgan.SmallPerceptual(10).requires_grad_(False)
-    logits = vqgan.FeatureDiscriminator(perceptual)(torch.rand(2, 3, 32, 32))
+def test_discriminators_and_their_losses():
+    assert vqgan.Discriminator(width=32)(torch.rand(2, 3, 32, 32)).shape == (2, 1, 16, 16)
+    logits = vqgan.FeatureDiscriminator(vqgan.SmallPerceptual(10))(torch.rand(2, 3, 32, 32))
     assert logits.shape == (2, 16 * 16 + 8 * 8 + 4 * 4)
-
-
-def test_hinge_loss_and_lecam():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])
     assert vqgan.hinge_loss(real, fake).item() == pytest.approx((0.25 + 0.5) / 2)
     lecam = vqgan.LeCam(decay=0.5)
     first = real.square().mean() + fake.square().mean()                     # both means start at 0
-    assert lecam(real, fake).item() == pytest.approx(first.item())
-    assert (lecam.real, lecam.fake) == (pytest.approx(0.625), pytest.approx(-0.5))
+    assert lecam(real, fake).item() == pytest.approx(first.item())          # then 0.625 and -0.5
     second = (real + 0.5).square().mean() + (0.625 - fake).square().mean()
     assert lecam(real, fake).item() == pytest.approx(second.item())
 
 
-def test_small_perceptual_cache_is_bound_to_the_data(tmp_path):
-    dataset, path = data.open_dataset("shapes", "train", 16), tmp_path / "perceptual.pt"
-    trained = vqgan.small_perceptual(dataset, path, steps=20)
-    assert not any(p.requires_grad for p in trained.parameters())
-    written = path.stat().st_mtime_ns
-    again = vqgan.small_perceptual(dataset, path, steps=20)
-    assert path.stat().st_mtime_ns == written
-    assert equal(trained.state_dict(), again.state_dict())
-    dataset.fingerprint, random_state = "of other data", torch.get_rng_state()
-    other = vqgan.small_perceptual(dataset, path, steps=2)
-    assert not equal(trained.state_dict(), other.state_dict())              # trained again
-    assert torch.equal(torch.get_rng_state(), random_state)     # the caller's is left as it was
-    images = torch.rand(4, 3, 16, 16)
-    assert trained.perceptual_loss(images, images) == 0
-    assert trained.perceptual_loss(images, 1 - images) > 0.1
-
-
-def test_perceptual_weights_that_are_missing_or_others(tmp_path):
-    refused(f"python vqgan.py {SMALL} --out {tmp_path} --perceptual convnext --convnext missing",
-            "missing: not torchvision's convnext_small", "--convnext FILE", "--perceptual none")
-    torch.save({"features.0.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    (tmp_path / "damaged.pth").write_bytes(b"no weights")
-    for name in ("other.pth", "damaged.pth"):
-        says = f"{name}: not torchvision's convnext_small"
-        with torch.device("meta"), pytest.raises(BadInput, match=says):     # meta: no 50M numbers
-            ConvNeXtSmall(tmp_path / name)
+@pytest.mark.parametrize("classifier", [vqgan.small_perceptual, report.fd_classifier])
+def test_classifiers_are_kept_with_what_they_were_trained_on(classifier, tmp_path):
+    dataset, path = data.open_dataset("shapes", "train", 16), tmp_path / "classifier.pt"
+    random_state = torch.get_rng_state()
+    trained = classifier(dataset, path, steps=5)
+    assert torch.equal(torch.get_rng_state(), random_state)     # no trace in the caller's state
+    assert not trained.training and not any(p.requires_grad for p in trained.parameters())
+    written = path.read_bytes()
+    again = classifier(dataset, path, steps=5)
+    assert path.read_bytes() == written and equal(trained.state_dict(), again.state_dict())
+    dataset.fingerprint = "of other data"
+    other = classifier(dataset, path, steps=2)
+    assert path.read_bytes() != written and not equal(trained.state_dict(), other.state_dict())
+    if classifier is vqgan.small_perceptual:
+        images = torch.rand(4, 3, 16, 16)
+        assert trained.perceptual_loss(images, images) == 0
+        assert trained.perceptual_loss(images, 1 - images) > 0.01
 
 
 # ---- Public weights (extras/pretrained.py): the golden numbers come from the official code
@@ -625,9 +517,6 @@ def test_titok_golden():
     close(model.decode_logits(logits)[0], want["decoded"], 1e-4)
     with pytest.raises(BadInput, match="16 patches of 16 pixels, image_size 256"):
         pretrained.load_titok(weights)
-    matrix = "encoder.transformer.0.mlp.c_fc.weight"        # as many numbers, in another order
-    with pytest.raises(BadInput, match="size mismatch"):
-        pretrained.load_titok({**weights, matrix: weights[matrix].T}, image_size=64)
 
 
 def test_convnext_golden():
@@ -657,34 +546,26 @@ def test_generators_golden(name, suffix):
 
 
 @pytest.mark.parametrize("name, load, sizes", [
+    ("maskgit_vqgan", pretrained.load_maskgit_vqgan, {"codebook_size": 1024, "code_dim": 256}),
     ("titok_l32", pretrained.load_titok, {
         "tokens": 32, "heads": 16, "patches": 256, "encoder_layers": 24, "decoder_layers": 24}),
     ("llamagen_b", functools.partial(pretrained.load_llamagen, heads=12, rope="2d"), {
         "tokens": 256, "layers": 12, "num_classes": 1000, "codebook_size": 16384}),
     ("uvit_l", pretrained.load_titok_maskgit, {"tokens": 128, "layers": 20, "heads": 16})])
-def test_every_key_of_the_published_file_is_taken(name, load, sizes):
+def test_every_key_of_the_published_file_is_taken_and_no_other(name, load, sizes):
     keys = golden(f"{name}_keys.json")
     with torch.device("meta"):
-        model = load({key: torch.empty(shape) for key, shape in keys.items()})
+        state = {key: torch.empty(shape) for key, shape in keys.items()}
+        model = load(state)
+        key = next(key for key in state if re.search(r"norm\d?\.weight|\.ln_2\.weight", key))
+        without = {other: value for other, value in state.items() if other != key}
+        for wrong in (without, {**state, "x": state[key]}, {**state, key: torch.empty(3)}, {}):
+            with pytest.raises(BadInput, match=r"^weights: cannot be read as.*\Z"):  # one line
+                load(wrong)
     # TiTok: two tables of [32, 1024] are added up into one
     numbers = sum(map(math.prod, keys.values())) - 32 * 1024 * (name == "titok_l32")
     assert sum(p.numel() for p in model.parameters()) == numbers
     assert {field: getattr(model.config, field) for field in sizes} == sizes
-
-
-@pytest.mark.parametrize("name, load", [
-    ("maskgit_vqgan", pretrained.load_maskgit_vqgan), ("uvit_tiny", pretrained.load_titok_maskgit),
-    ("titok_s", functools.partial(pretrained.load_titok, image_size=64)),
-    ("llamagen_tiny", functools.partial(pretrained.load_llamagen, heads=4, rope="1d", tokens=16))])
-def test_weights_that_do_not_fit_are_refused_in_one_line(name, load):
-    with torch.device("meta"):
-        state = {key: torch.empty(shape) for key, shape in golden(f"{name}_keys.json").items()}
-        key = next(key for key in state if re.search(r"norm\d?\.weight|\.ln_2\.weight", key))
-        without = {other: value for other, value in state.items() if other != key}
-        for wrong in (without, {**state, "x": state[key]}, {**state, key: torch.empty(3)}, {}):
-            with pytest.raises(BadInput, match="^weights: cannot be read as") as error:
-                load(wrong)
-            assert "\n" not in str(error.value)
 
 
 def test_weights_are_read_from_every_kind_of_file(tmp_path):
@@ -700,9 +581,6 @@ def test_weights_are_read_from_every_kind_of_file(tmp_path):
     for name in ("list.pt", "nan.pt", "none.pt", "none.safetensors"):
         with pytest.raises(BadInput, match=f"{name}: cannot be read as weights"):
             pretrained.read_weights(tmp_path / name)
-    with mock.patch.dict(sys.modules, {"safetensors.torch": None}):
-        with pytest.raises(BadInput, match="pip install safetensors"):
-            pretrained.read_weights(tmp_path / "x.safetensors")
 
 
 def test_the_public_vqgan_becomes_a_checkpoint_of_stage_0(tmp_path, monkeypatch):
@@ -749,15 +627,15 @@ def folder_without(toy, target, name):
 @pytest.mark.parametrize("name", ["vqgan", "ar_nativetok_4"])
 def test_ctrl_c_saves_first(toy, tmp_path, name):
     """After Ctrl-C a run saves the step it has come to, says so, and continues from there."""
-    out, steps = folder_without(toy, tmp_path / "out", name), 200
+    out = folder_without(toy, tmp_path / "out", name)
     command, checkpoint = f"python {STAGES[name]} {SMALL} --out {out}", out / f"{name}.pt"
-    with running(f"{command} --steps {steps} --save_every 2", stderr=tmp_path / "err") as process:
+    with running(f"{command} --steps 200 --save_every 2", stderr=tmp_path / "err") as process:
         while process.is_alive() and not checkpoint.exists():
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGINT)
         process.join(60)
     step, said = load(checkpoint)["step"], (tmp_path / "err").read_text()
-    assert process.exitcode == 130 and f"holds step {step} of {steps}" in said, said
+    assert process.exitcode == 130 and f"holds step {step} of 200" in said, said
     said = run(f"{command} --steps {step + 1} --resume")
     assert load(checkpoint)["step"] == step + 1
     assert f"resumed at step {step} of {step + 1}" in said.splitlines()[0], said
@@ -809,17 +687,16 @@ def copy_for(stage, folder, target):
 def content(path):
     """What must be equal in two runs: all but times."""
     def without_times(value):
-        times = {"seconds", "images_per_s", "hnt"}
-        if isinstance(value, dict):
-            return {k: without_times(v) for k, v in value.items() if k not in times}
-        return value
+        if not isinstance(value, dict):
+            return value
+        return {k: without_times(v) for k, v in value.items()
+                if k not in ("seconds", "images_per_s", "hnt")}
 
     if path.suffix == ".pt":
         return load(path)
-    if path.suffix == ".json":
-        return without_times(json.loads(path.read_text()))
-    if path.suffix == ".jsonl":
-        return [without_times(line) for line in map(json.loads, path.read_text().splitlines())]
+    if path.suffix in (".json", ".jsonl"):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        return [without_times(json.loads(line)) for line in lines]
     if path.suffix == ".md":    # the row of seconds, and the ratio of a step
         return [line for line in path.read_text().splitlines() if "| | " not in line
                 and "frozen step" not in line]
@@ -889,16 +766,14 @@ def test_killed_runs(alone, small_stages, tmp_path, stage):
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
-    path = tmp_path / "x.pt"
-    trainer.write_atomically(path, lambda p: torch.save({"a": 1}, p))
-
     def breaks(temporary):
         temporary.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
+    trainer.write_atomically(tmp_path / "x.pt", lambda path: path.write_bytes(b"whole"))
     with pytest.raises(BadInput, match="No space left on device.*unchanged"):
-        trainer.write_atomically(path, breaks)
-    assert load(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+        trainer.write_atomically(tmp_path / "x.pt", breaks)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
 
 
 def test_results_are_not_overwritten_unless_asked_for(toy, tmp_path):
@@ -935,93 +810,67 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_saves(toy, tmp_path):
     command = f"python vqgan.py {SMALL} --out {out} --save_every 2"
     run(f"{command} --steps 2")
     before = (out / "vqgan.pt").read_bytes()
-    line = refused(f"{command} --steps 9 --resume --learning_rate 1e30", "not finite", "keeps the last")
+    line = refused(f"{command} --steps 9 --resume --learning_rate 1e30", "not finite",
+                   "keeps the last")
     assert re.search(r"at step [3-5]|after step [3-5]", line) and "--learning_rate" in line
     assert (out / "vqgan.pt").read_bytes() == before
 
 
-def equal_steps(a, b):
-    """Weights equal to 1e-6 after the same steps. A key's bias changes nothing (the softmax cancels
-    it), so its gradient is rounding noise, which AdamW blows up: left out."""
-    for key in a:
-        left, right = a[key], b[key]
-        if key.endswith("qkv.bias"):
-            left, right = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (left, right))
-        torch.testing.assert_close(left, right, rtol=0, atol=1e-6, msg=key)
+TWO = "torchrun --standalone --nproc_per_node=2 {0}"
+# as on two machines that share --out
+NODES = " & ".join(f"torchrun --nnodes=2 --node_rank={rank} --master_addr=127.0.0.1 "
+                   "--master_port=29517 --nproc_per_node=1 {0}" for rank in (1, 0)) + " && wait $!"
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("nativetok_3", "--micro_batch 2"), ("nativetok_4_stage2", ""),
-    ("ar_nativetok_4", "--dropout 0 --class_dropout 0")])
-def test_two_ranks_take_the_steps_of_one(toy, tmp_path, name, flags):
-    """gloo, two real processes. Dropout and random masks are off: they differ by design."""
-    states, logs = [], []
-    for ranks in (1, 2):
-        out = folder_without(toy, tmp_path / str(ranks), name)
-        launcher = "python" if ranks == 1 else "torchrun --nproc_per_node=2 --master_port=29513"
-        said = run(f"{launcher} {STAGES[name]} {SMALL} --out {out} --steps 4 --learning_rate 1e-4 "
-                   f"--warmup 1 {flags if ranks == 2 else flags.replace('--micro_batch 2', '')}")
-        states.append(load(out / f"{name}.pt"))
-        logs.append(trainer.read_log(out / f"{name}.jsonl"))
-    assert "batch 8 = 2 processes x " + ("2 x 2" if "micro" in flags else "4 x 1") in said
-    assert len(states[1]["ranks"]) == 2
-    assert not torch.equal(*(rank["cpu"] for rank in states[1]["ranks"]))
-    equal_steps(states[1]["model"], states[0]["model"])
-    for one, two in zip(*logs):         # the log's values are means over ranks and micro-batches
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+@pytest.fixture(scope="session")
+def undivided(toy, tmp_path_factory):
+    """undivided(name, flags) -> the folder in which one process took 4 steps, whole batches."""
+    @functools.cache
+    def undivided(name, flags):
+        out = folder_without(toy, tmp_path_factory.mktemp(name) / "out", name)
+        said = run(f"python {STAGES[name]} {SMALL} {flags} --out {out}")
+        assert "batch 8 = 1 process x 8 x 1" in said
+        return out
+    return undivided
 
 
-def test_two_nodes_take_the_step_of_one(toy, tmp_path):
-    """torchrun --nnodes=2 on the loopback, as on two machines that share --out."""
-    outs = [folder_without(toy, tmp_path / name, "nativetok_3") for name in ("one", "two")]
-    command = f"tokenizer.py --tokens 3 {SMALL} --steps 2 --learning_rate 1e-4 --warmup 1 --out"
-    run(f"python {command} {outs[0]}")
-    nodes = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}",
-         "--master_addr=127.0.0.1", "--master_port=29517", "--nproc_per_node=1",
-         *f"{command} {outs[1]}".split()], cwd=ROOT, env={**os.environ, **ENVIRONMENT},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
-    outputs = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    equal_steps(*(load(out / "nativetok_3.pt")["model"] for out in outs))
-
-
-def test_micro_batches_equal_the_whole_batch(toy, tmp_path):
-    states, logs = [], []
-    for size in (8, 3):         # 3: the largest share of 8 that is no larger is 2
-        out = folder_without(toy, tmp_path / str(size), "nativetok_3")
-        said = run(f"python tokenizer.py --tokens 3 {SMALL} --out {out} --steps 4 --micro_batch {size}"
-                   f" --learning_rate 1e-4 --warmup 1")
-        assert f"batch 8 = 1 process x {'8 x 1' if size == 8 else '2 x 4'}" in said
-        states.append(load(out / "nativetok_3.pt")["model"])
-        logs.append(trainer.read_log(out / "nativetok_3.jsonl"))
-    equal_steps(*states)
-    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-5)
-
-
-def test_a_run_says_what_it_does_in_its_first_lines(toy, tmp_path):
-    said = run(f"python vqgan.py {SMALL} --perceptual none --out {tmp_path} --steps 2").splitlines()
-    assert said[0] == f"config toy (asked for), {tmp_path}/vqgan.pt: new run of 2 steps"
-    assert said[1] == "data shapes: 10,000 images, 10 classes, drawn, not photographed"
-    assert "device cpu" in said[2] and "batch 8 = 1 process x 8 x 1" in said[2]
-    assert re.fullmatch(r"\d+\.\d\dM parameters train", said[3])
+@pytest.mark.parametrize("name, launcher, flags, split", [
+    ("nativetok_3", "python {0} --micro_batch 3", "", "1 process x 2 x 4"),     # 3 is no part of 8
+    ("nativetok_3", f"{TWO} --micro_batch 2", "", "2 processes x 2 x 2"),
+    ("nativetok_3", NODES, "", "2 processes x 4 x 1"),
+    ("nativetok_4_stage2", TWO, "", "2 processes x 4 x 1"),
+    ("ar_nativetok_4", TWO, "--dropout 0 --class_dropout 0", "2 processes x 4 x 1")])
+def test_micro_batches_ranks_and_nodes_take_the_steps_of_one_process(
+        toy, undivided, tmp_path, name, launcher, flags, split):
+    """Dropout and random masks are off: they differ by design."""
+    flags += " --steps 4 --learning_rate 1e-4 --warmup 1"
+    outs = [undivided(name, flags), folder_without(toy, tmp_path / "out", name)]
+    said = run(launcher.format(f"{STAGES[name]} {SMALL} {flags} --out {outs[1]}"))
+    assert f"batch 8 = {split}" in said
+    one, other = (load(out / f"{name}.pt") for out in outs)
+    assert len(other["ranks"]) == int(split[0])
+    assert split[0] == "1" or not torch.equal(*(rank["cpu"] for rank in other["ranks"]))
+    for key, value in one["model"].items():
+        values = value, other["model"][key]
+        if key.endswith("qkv.bias"):    # the softmax cancels a key's bias: its gradient is noise,
+            values = (torch.cat(v.chunk(3)[::2]) for v in values)           # which AdamW blows up
+        torch.testing.assert_close(*values, rtol=0, atol=1e-6, msg=key)
+    for a, b in zip(*(trainer.read_log(out / f"{name}.jsonl") for out in outs), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)      # the mean over all parts
 
 
 def test_schedule_is_warm_up_and_cosine():
     training = trainer.TrainConfig(steps=100, warmup=10, learning_rate=1.0, end_learning_rate=0.1)
-    rates = [trainer.cosine(step, training) for step in range(101)]
-    for step, rate in {0: 0.1, 9: 1.0, 10: 1.0, 55: 0.55, 100: 0.1}.items():
-        assert rates[step] == pytest.approx(rate)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    for step, rate in {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 55: 0.55, 100: 0.1}.items():
+        assert trainer.cosine(step, training) == pytest.approx(rate)
 
 
 def test_help_has_every_field_and_fits_on_a_screen():
     for command in ("vqgan.py", "tokenizer.py", "tokenizer.py --stage 2", "hnt.py", "generator.py"):
         text = run(f"python {command} -h")
-        for field in trainer.TrainConfig.__dataclass_fields__:
-            assert f"--{field}" in text
+        assert all(f"--{field}" in text for field in trainer.TrainConfig.__dataclass_fields__)
         assert len(text.splitlines()) <= (60 if "generator" in command else 50)
-    assert "--tokens" in text and "--expert_width" in run("python tokenizer.py -h")
+        assert ("--expert_width" in text) == (command == "tokenizer.py")
 
 
 # ---- What users do wrong: one line, exit code 2, no traceback, nothing half-written
@@ -1071,11 +920,19 @@ def test_wrong_checkpoints(toy, tmp_path):
                         "absent": "not found", "nativetok_4": "stage 'tokenizer', wanted vqgan",
                         "size": "another version or size"}.items():
         refused(f"python tokenizer.py {command} --vqgan {out}/{name}.pt", f"{name}.pt", words)
+        says = f"{name}.pt: not torchvision's convnext_small"
+        with torch.device("meta"), pytest.raises(BadInput, match=says):     # meta: no 50M numbers
+            ConvNeXtSmall(out / f"{name}.pt")
+    refused(f"python vqgan.py {SMALL} --out {tmp_path} --perceptual convnext --convnext missing",
+            "missing: not torchvision's convnext_small", "--convnext FILE", "--perceptual none")
     refused(f"python hnt.py {command} --tokens 2", "fewer than 2 tokens", "tokenizer.py --tokens 1")
     refused(f"python hnt.py {command} --tokens 2 --source {out}/nativetok_4.pt", "HNT grows")
     stage2 = f"python tokenizer.py {command} --stage 2"
     refused(f"{stage2} --checkpoint {toy}/nativetok_4_stage2.pt", "stage 2 already")
     refused(f"{stage2} --tokens 2 --checkpoint {toy}/nativetok_4.pt", "--tokens 2", "has 4")
+    run(f"python vqgan.py {SMALL} --out {tmp_path} --steps 1 --seed 9 --perceptual none")
+    refused(f"python hnt.py {SMALL} --out {tmp_path} --tokens 4 --source {toy}/nativetok_2.pt",
+            "nativetok_2.pt", "another VQGAN", "--vqgan")
 
 
 # ---- Results: pictures instead of training
@@ -1087,16 +944,21 @@ def test_reconstruct_and_sample(toy, tmp_path):
     text = run(f"python tokenizer.py --reconstruct {tmp_path}/a.png {tmp_path}/a.png {shared}")
     assert len(re.findall(r"a\.png:( \d+){4}\n", text)) == 2 and "nativetok_4_stage2.pt" in text
     assert Image.open(tmp_path / "out/reconstruct.png").width == 2 * 128 + 2
-    sample = f"python generator.py --mode ar {shared}"
-    run(f"{sample} --sample 6 --classes star,3 --seed 1")
-    picture = (tmp_path / "out/ar_nativetok_4_samples.png").read_bytes()
-    run(f"{sample} --sample 6 --classes star,3 --seed 1")
-    assert (tmp_path / "out/ar_nativetok_4_samples.png").read_bytes() == picture
+    sample, pictures = f"python generator.py --mode ar {shared}", []
+    for _ in range(2):
+        run(f"{sample} --sample 6 --classes star,3 --seed 1")
+        pictures.append((tmp_path / "out/ar_nativetok_4_samples.png").read_bytes())
+    assert pictures[0] == pictures[1]
     run(f"{sample} --sample 5 --separate --output {tmp_path}/files")
     assert len(list((tmp_path / "files").glob("*.png"))) == 5
     refused(f"{sample} --sample 5 --separate --output {tmp_path}/files", "exists", "--overwrite")
     refused(f"{sample} --sample 5 --classes strr", "strr", "star")
     refused(f"python tokenizer.py --reconstruct {tmp_path}/no.png {shared}", "no.png")
+    said = run(f"python data.py --data shapes --preview {tmp_path}/p.png --note {tmp_path}/note")
+    assert "drawn, not photographed: 10,000 train and 2,000 val" in said
+    assert (tmp_path / "note").read_text() == "shapes"
+    assert Image.open(tmp_path / "p.png").size == (10 * 66 - 2, 10 * 66 - 2)
+    refused("python data.py --data missing", "--data missing: no such folder")
 
 
 # ---- Data (data.py)
@@ -1125,12 +987,11 @@ def folder(tmp_path):
 
 def test_every_epoch_is_another_permutation():
     steps = take(data.row_order(10, 3, seed=0), 6)
-    for epoch in (0, 1):
-        rows = np.concatenate([indices for _, indices in steps[3 * epoch:3 * epoch + 3]])
-        assert len(set(rows)) == 9
-        assert {int(e) for epochs, _ in steps[3 * epoch:][:3] for e in epochs} == {epoch}
-    assert not np.array_equal(steps[0][1], steps[3][1])
-    assert not np.array_equal(steps[0][1], next(data.row_order(10, 3, seed=1))[1])
+    for epoch, part in enumerate((steps[:3], steps[3:])):
+        assert len({row for _, indices in part for row in indices}) == 9
+        assert {int(e) for epochs, _ in part for e in epochs} == {epoch}
+    for other in (steps[3], next(data.row_order(10, 3, seed=1))):
+        assert not np.array_equal(steps[0][1], other[1])
     for epochs, indices in take(data.row_order(3, 8, seed=0), 4):       # fewer images than a batch
         assert set(indices) == {0, 1, 2} and len({*zip(epochs.tolist(), indices.tolist())}) == 8
 
@@ -1173,30 +1034,29 @@ def test_augmentation_and_fixed_views(folder):
 def test_shapes():
     train, val = (data.open_dataset("shapes", split, 32) for split in ("train", "val"))
     assert (len(train), len(val), len(train.classes)) == (10_000, 2_000, 10)
-    assert not train.photographs and "drawn" in train.note
-    assert train.get(7).shape == (3, 32, 32) and np.array_equal(train.get(7), train.get(7))
+    assert "drawn" in train.note
     assert not np.array_equal(train.get(7), val.get(7)) and train.fingerprint != val.fingerprint
     assert np.bincount(val.labels).tolist() == [200] * 10
     large = data.open_dataset("shapes", "train", 128)
     for i in range(10):
-        image = torch.from_numpy(train.get(i)).float()
-        assert image.flatten(1).std(1).max() > 20               # there is something to see
-        other = torch.from_numpy(large.get(i)).float()
+        image, again, other = (torch.from_numpy(shapes.get(i)).float()
+                               for shapes in (train, train, large))
+        assert image.shape == (3, 32, 32) and torch.equal(image, again)
+        assert image.flatten(1).std(1).max() > 20                   # there is something to see
         assert (F.avg_pool2d(other, 4) - image).abs().mean() < 2    # the same at any size
 
 
 def test_fashion(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "FASHION_PLACES", [tmp_path / "data", tmp_path / "debian"])
+    monkeypatch.setattr(data, "FASHION_PLACES", [tmp_path / "data", tmp_path])
     assert data.open_dataset("auto", "train", 32).name == "shapes"
     with pytest.raises(BadInput, match=f"dataset-fashion-mnist.* in {tmp_path / 'data'}"):
         data.open_dataset("fashion", "train", 32)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
-    (tmp_path / "debian").mkdir()
-    for part in ("train", "t10k"):
-        for kind, values in (("images-idx3", pixels), ("labels-idx1", np.arange(20) % 10)):
-            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
-            content = gzip.compress(head + values.astype(np.uint8).tobytes())
-            (tmp_path / "debian" / f"{part}-{kind}-ubyte.gz").write_bytes(content)
+    for kind, values in (("images-idx3", pixels), ("labels-idx1", np.arange(20) % 10)):
+        head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+        content = gzip.compress(head + values.astype(np.uint8).tobytes())
+        for part in ("train", "t10k"):
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(content)
     dataset = data.open_dataset("auto", "val", 32)
     assert (dataset.name, dataset.border, len(dataset)) == ("fashion", 2, 20)
     assert dataset.classes[8] == "bag" and dataset.labels[8] == 8
@@ -1206,13 +1066,12 @@ def test_fashion(tmp_path, monkeypatch):
     assert (F.avg_pool2d(resized, 2) - torch.from_numpy(pixels[3])).abs().mean() < 20
 
 
-def test_every_mode_shows_the_same_picture(tmp_path):
+def test_every_mode_and_draft_show_the_same_picture(tmp_path):
     def saved(name, image, **options):
         image.save(tmp_path / name, **options)
         return data.read_image(tmp_path / name, 32)
     base = picture(1)
-    want = saved("rgb.png", base)
-    turned, grey = Image.Exif(), base.convert("L")
+    want, turned, grey = saved("rgb.png", base), Image.Exif(), base.convert("L")
     turned[0x0112] = 6                                  # "turn 90 degrees clockwise to see it"
     for image, tolerance in (
             (saved("a.JPG", base, quality=95), 0.03), (saved("a.WebP", base, quality=95), 0.03),
@@ -1226,10 +1085,9 @@ def test_every_mode_shows_the_same_picture(tmp_path):
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     for name, image in (("a.png", deep), ("a.tif", deep), ("la.png", grey.convert("LA"))):
         assert (saved(name, image) - want).abs().max() < 0.005
-    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))                 # transparent becomes white
-    for mode in ("RGBA", "LA", "P"):
-        assert (saved("clear.png", clear.convert(mode)) == 1).all()
-    assert saved("a.png", picture(0, 1, 3000)).shape == (3, 32, 32)
+    for mode in ("RGBA", "LA", "P"):                    # transparent becomes white
+        clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0)).convert(mode)
+        assert (saved("clear.png", clear) == 1).all()
     stripes = np.zeros((20, 60, 3), np.uint8)
     stripes[:, 20:40] = 255                             # the middle is what is shown
     assert saved("b.png", Image.fromarray(stripes)).mean() > 0.9
@@ -1237,6 +1095,11 @@ def test_every_mode_shows_the_same_picture(tmp_path):
     for name in ("c.png", "missing.png", "."):
         with pytest.raises(BadInput, match="not a picture"):
             data.read_image(tmp_path / name, 8)
+    for size, reduced in (((300, 400), True), ((130, 129), True), ((60, 50), False)):
+        picture(1, *size).save(tmp_path / "d.jpg", quality=95)
+        full, draft = (data.decode_image(tmp_path / "d.jpg", 32, draft=d) for d in (False, True))
+        assert min(draft.size) >= min(64, *size) and (draft.size < full.size) == reduced
+        assert abs(data.square(full, 32).astype(int) - data.square(draft, 32)).mean() < 4
 
 
 def test_folders_of_all_layouts(tmp_path, folder):
@@ -1264,11 +1127,10 @@ def test_folders_of_all_layouts(tmp_path, folder):
     assert train.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 and len(val) == 6
     assert np.array_equal(train.get(9), data.square(picture(101), 8))
     again = shutil.copytree(folder, tmp_path / "copy")
-    assert opened("pictures")[0].fingerprint == train.fingerprint != opened("copy")[0].fingerprint
-    assert opened("copy")[0].content == train.content
     os.utime(folder / "train" / "ant" / "0.png", (0, 0))        # overwritten: another time
-    assert opened("pictures")[0].fingerprint != train.fingerprint
-    assert opened("pictures")[0].content == train.content
+    fingerprints = {train.fingerprint, *(opened(x)[0].fingerprint for x in ("pictures", "copy"))}
+    assert len(fingerprints) == 3
+    assert opened("pictures")[0].content == opened("copy")[0].content == train.content
     (again / "val" / "dog").mkdir()
     picture(5).save(again / "val" / "dog" / "0.png")
     (folder / "val").rename(folder / "test")
@@ -1277,15 +1139,6 @@ def test_folders_of_all_layouts(tmp_path, folder):
                        ("empty", "no images.*jpeg"), ("missing", "no such folder")):
         with pytest.raises(BadInput, match=f"{tmp_path / name}.*{line}"):
             opened(name)
-
-
-def test_draft_is_close_to_a_full_decode(tmp_path):
-    for size, reduced in (((300, 400), True), ((130, 129), True), ((60, 50), False)):
-        picture(1, *size).save(tmp_path / "a.jpg", quality=95)
-        full, draft = (data.decode_image(tmp_path / "a.jpg", 32, draft=d) for d in (False, True))
-        assert full.size == size[::-1] and min(draft.size) >= min(64, *size)
-        assert (draft.size < full.size) == reduced
-        assert abs(data.square(full, 32).astype(int) - data.square(draft, 32)).mean() < 4
 
 
 @pytest.mark.parametrize("workers", (0, 2))
@@ -1310,19 +1163,8 @@ def test_picture_grid_and_save(tmp_path):
     grid = data.picture_grid(torch.zeros(5, 3, 4, 6), columns=3, scale=2)
     assert grid.size == (3 * 12 + 2 * 2, 2 * 8 + 2) and grid.getpixel((11, 7)) == (0, 0, 0)
     assert all(grid.getpixel(gap) == (255, 255, 255) for gap in ((12, 0), (0, 9), (39, 17)))
-    for name, kind in (("grid.png", "PNG"), ("grid.JPG", "JPEG")):
-        data.save_picture(grid, tmp_path / "deep" / name)
-        with Image.open(tmp_path / "deep" / name) as image:
-            assert image.format == kind and (kind == "JPEG" or np.array_equal(image, grid))
-
-
-def test_data_command_line(tmp_path):
-    said = run(f"python data.py --data shapes --preview {tmp_path}/a.png --note {tmp_path}/note")
-    assert "drawn, not photographed: 10,000 train and 2,000 val" in said
-    assert (tmp_path / "note").read_text() == "shapes"
-    with Image.open(tmp_path / "a.png") as preview:
-        assert preview.size == (10 * 66 - 2, 10 * 66 - 2)
-    refused("python data.py --data missing", "--data missing: no such folder")
+    data.save_picture(grid, tmp_path / "deep" / "grid.png")
+    assert np.array_equal(Image.open(tmp_path / "deep" / "grid.png"), grid)
 
 
 # ---- Generators (generator.py)
@@ -1346,14 +1188,13 @@ def random_generator(config, seed=0):
 
 
 @pytest.mark.parametrize("rope", ["1d", "2d"])
-@pytest.mark.parametrize("settings", [
-    {}, {"guidance_scale": 3.0}, {"guidance_scale": 0.0}, {"top_k": 5}, {"top_k": 1},
-    {"temperature": 0.0}, {"guidance_scale": 2.0, "top_k": 4, "temperature": 0.7}])
-def test_ar_cache_and_one_guidance_pass_equal_the_plain_form(rope, settings):
+def test_ar_cache_and_one_guidance_pass_equal_the_plain_form(rope):
     model = random_generator(replace(AR, rope=rope))
-    fast = model.generate(LABELS, generator=seeded(), **settings)
-    assert fast.shape == (5, 9) and fast.dtype == torch.int64
-    assert torch.equal(fast, model.generate_plain(LABELS, generator=seeded(), **settings))
+    for settings in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 0.0, "top_k": 5}, {"top_k": 1},
+                     {"temperature": 0.0}, {"guidance_scale": 2.0, "top_k": 4, "temperature": 0.7}):
+        fast = model.generate(LABELS, generator=seeded(), **settings)
+        assert fast.shape == (5, 9) and fast.dtype == torch.int64
+        assert torch.equal(fast, model.generate_plain(LABELS, generator=seeded(), **settings))
 
 
 @pytest.mark.parametrize("rope", ["1d", "2d"])
@@ -1391,8 +1232,8 @@ def test_training_hides_the_class_of_a_share_of_the_images(config):
         return torch.zeros(*codes.shape, 24)
 
     for share in (0.0, 0.25, 1.0):
-        config = replace(config, class_dropout=share)
-        generator.LOSSES[config.mode](model, config, codes, codes[:, 0])
+        loss_fn = generator.LOSSES[config.mode]
+        loss_fn(model, replace(config, class_dropout=share), codes, codes[:, 0])
     assert hidden == [0, pytest.approx(0.25, abs=0.04), 1]
 
 
@@ -1459,17 +1300,6 @@ def test_maskgit_loss_weighs_masked_and_visible_codes():
     assert loss.item() == pytest.approx((masked * np.log(24) / weights).item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("config", [AR, MASKGIT], ids=["ar", "maskgit"])
-def test_same_seed_same_samples(config):
-    model, labels = random_generator(config), LABELS.repeat(5)
-    state = torch.get_rng_state()
-    codes = generator.sample_codes(model, labels, seed=3, batch_size=8)
-    assert codes.shape == (25, config.tokens) and codes.max() < 24
-    assert torch.equal(generator.sample_codes(model, labels, seed=3, batch_size=8), codes)
-    assert not torch.equal(generator.sample_codes(model, labels, seed=4, batch_size=8), codes)
-    assert torch.equal(torch.get_rng_state(), state)    # a preview does not disturb a training
-
-
 @pytest.mark.parametrize("mode, how", [("ar", {"top_k": 1}), ("maskgit", {"temperature": 0.0})])
 def test_overfits_32_sequences_and_gives_them_back(mode, how):
     torch.manual_seed(0)
@@ -1487,18 +1317,11 @@ def test_overfits_32_sequences_and_gives_them_back(mode, how):
     assert torch.equal(model.eval().generate(labels, **how), codes)
 
 
-def test_generator_config_refuses():
-    for change in ({"heads": 5}, {"views": 3}, {"mode": "maskgit", "layers": 3}):
-        with pytest.raises(BadInput):
-            replace(AR, **change)
-
-
 def test_find_classes():
     names = ["T-shirt", "Dress", "Shirt", "Bag", "Ankle boot", "Rain boot", "0"]
-    for text, found in {"3,bag": [3, 3], "BOOT": [4, 5], "shirt": [2], "t-shirt": [0],
-                        "0, 1": [6, 1], "ankle boot": [4]}.items():
+    for text, found in {"3,bag": [3, 3], "BOOT": [4, 5], "shirt": [2], "0, 1": [6, 1]}.items():
         assert generator.find_classes(text, names) == found
-    for text in ("7", "boots", "", "bag,,", "-1"):
+    for text in ("7", "boots", "", "-1"):
         with pytest.raises(BadInput, match="no such class. There are 0 to 6: t-shirt, dress"):
             generator.find_classes(text, names)
 
@@ -1555,6 +1378,12 @@ def test_code_cache(extract):
         tokenizer = Brightness()
         assert np.array_equal(extract(tokenizer, **change), codes) and tokenizer.images == 48
     assert extract(tokenizer, views=1).shape == (1, 24, 4)      # and none of the old parts
+    images = torch.rand(2, 3, 35, 35, generator=seeded())
+    views = generator.views_of(images, 10, 32)                  # ten crops
+    for view, flip, (y, x) in zip(views[:5], views[5:], ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2)),
+                                  strict=True):
+        assert torch.equal(view, images[..., y:y + 32, x:x + 32])
+        assert torch.equal(flip, view.flip(-1))
 
 
 def test_a_killed_extraction_continues_on_any_number_of_ranks(extract, tmp_path):
@@ -1569,15 +1398,6 @@ def test_a_killed_extraction_continues_on_any_number_of_ranks(extract, tmp_path)
     assert [rank.images for rank in ranks] == [2 * 4, 2 * 10]
 
 
-def test_ten_crops():
-    images = torch.rand(2, 3, 35, 35, generator=seeded())
-    views = generator.views_of(images, 10, 32)
-    for view, flip, (y, x) in zip(views[:5], views[5:], ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2))):
-        assert torch.equal(view, images[..., y:y + 32, x:x + 32])
-        assert torch.equal(flip, view.flip(-1))
-    assert len(views) == 10
-
-
 def test_code_batches():
     codes, labels = np.arange(2 * 20 * 3, dtype=np.uint16).reshape(2, 20, 3), np.arange(20)
     whole = generator.code_batches(codes, labels, 8, seed=5)
@@ -1586,41 +1406,27 @@ def test_code_batches():
     views = set()
     for step in range(10):
         batch, names = next(whole)
-        parts = [next(rank) for rank in ranks for _ in range(2)]
-        assert torch.equal(batch, torch.cat([part for part, _ in parts]))
-        assert torch.equal(names, torch.cat([names for _, names in parts]))
+        parts = zip(*(next(rank) for rank in ranks for _ in range(2)))
+        assert equal([batch, names], [torch.cat(part) for part in parts])
         assert torch.equal(names, batch[:, 0] // 3 % 20) and batch.dtype == torch.int64
-        if step >= 4:
-            assert torch.equal(batch, next(late)[0])
+        assert step < 4 or torch.equal(batch, next(late)[0])
         views |= {(int(name), bool(row[0] >= 60)) for row, name in zip(batch, names)}
     assert len(views) > 30                              # of 20 images, most in both views
 
 
-def test_flags_that_contradict_the_tokenizer_or_the_data(toy):
-    command = f"python generator.py --mode ar {SMALL} --tokenizer {toy}/nativetok_4.pt --out {toy}"
-    refused(f"{command} --tokens 32", f"--tokens 32: {toy}/nativetok_4.pt has 4. Leave it out")
-    refused(f"{command} --codebook_size 9", "--codebook_size 9:", "has 512")
-    refused(f"{command} --num_classes 3", "--num_classes 3: shapes has 10")
+def test_flags_that_contradict_the_tokenizer_the_data_or_each_other(toy):
+    command = f"python generator.py {SMALL} --tokenizer {toy}/nativetok_4.pt --out {toy} --mode"
+    for flags, *words in (
+            ("ar --tokens 32", f"--tokens 32: {toy}/nativetok_4.pt has 4. Leave it out"),
+            ("ar --codebook_size 9", "--codebook_size 9:", "has 512"),
+            ("ar --num_classes 3", "--num_classes 3: shapes has 10"), ("ar --heads 5", "--heads 5"),
+            ("ar --views 3", "--views 3"), ("maskgit --layers 3", "--layers 3", "even")):
+        refused(f"{command} {flags}", *words)
 
 
-def test_two_generators_share_one_extraction(toy, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(toy, out, ignore=shutil.ignore_patterns("ar_*", "maskgit_*", "codes_*"))
-    said = [tmp_path / mode for mode in ("ar", "maskgit")]
-    with contextlib.ExitStack() as stack:
-        both = [stack.enter_context(running(
-            f"python {ROOT}/generator.py --mode {file.name} {SMALL} --tokens 4 --steps 1 "
-            f"--out {out}", stdout=file, stderr=file)) for file in said]
-        for process in both:
-            process.join(300)
-    text = "".join(file.read_text() for file in said)
-    assert [process.exitcode for process in both] == [0, 0], text
-    assert text.count("codes of images") == 1
+# ---- Scores of pictures (evaluate.py)
 
-
-# ---- evaluate
-
-def test_psnr_and_codebook_use():
+def test_psnr_codebook_use_and_bytes():
     a = torch.rand(3, 3, 8, 8, generator=seeded()) * 0.5
     off = torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1)
     expected = torch.tensor([20.0, 40.0, 100.0])            # of each image
@@ -1628,42 +1434,28 @@ def test_psnr_and_codebook_use():
     for codes, expected in ((torch.full((4, 16), 3), (1 / 64, 1.0)),
                             (torch.arange(16).repeat(2, 1), (0.25, 16.0))):
         assert evaluate.codebook_use(codes, 64) == pytest.approx(expected)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(evaluate.to_uint8(levels / 255), levels)             # lossless
+    values = torch.tensor([-1, 0.999, 2, 0.5]).view(1, 1, 2, 2)
+    assert evaluate.to_uint8(values).flatten().tolist() == [0, 255, 255, 128]
+    assert evaluate.to_uint8(values, "truncate").flatten().tolist() == [0, 254, 255, 127]
 
 
-def test_frechet_distance_golden():
+def test_frechet_distance_and_inception_score_golden():
     numbers = golden("fid_golden.npz")
     a, b, c = (evaluate.feature_statistics(numbers[f"feats_{x}"]) for x in "abc")
     np.testing.assert_allclose(a[0], numbers["mu_a"], atol=1e-12)
     np.testing.assert_allclose(a[1], numbers["sigma_a"], atol=1e-12)
     assert evaluate.frechet_distance(*a, *b) == pytest.approx(float(numbers["fid"]), abs=1e-6)
     assert evaluate.frechet_distance(*a, *c) == pytest.approx(float(numbers["fid_ac"]), abs=1e-5)
-
-
-def test_frechet_distance_closed_form():
-    rng = np.random.default_rng(0)
-    mu1, mu2, s1, s2 = *rng.normal(size=(2, 8)), *rng.uniform(0.5, 2, (2, 8))
-    axes = np.linalg.qr(rng.normal(size=(8, 8)))[0]         # shared, so that the roots commute
-    sigma1, sigma2 = (axes @ np.diag(s ** 2) @ axes.T for s in (s1, s2))
-    expected = np.square(mu1 - mu2).sum() + np.square(s1 - s2).sum()
-    assert evaluate.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, abs=1e-8)
-
-
-def test_inception_score_golden():
     numbers = golden("is_golden.npz")
     logits, value = numbers["logits"], lambda name: float(numbers[name])
-    expected = value("is_tf_mean"), value("is_tf_std")
+    adm, expected = evaluate.inception_score_adm, (value("is_tf_mean"), value("is_tf_std"))
     assert evaluate.inception_score(logits) == pytest.approx(expected, abs=1e-10)
-    adm = evaluate.inception_score_adm
     assert adm(logits) == pytest.approx(value("is_adm"), abs=1e-10)
     assert adm(logits, part=300) == pytest.approx(value("is_adm_split300"), abs=1e-10)
-
-
-def test_inception_score_closed_forms():
-    classes = np.arange(100) % 10
-    certain = 1000 * np.eye(10, dtype=np.float32)[classes]      # other probabilities underflow to 0
-    assert evaluate.inception_score(0 * certain) == pytest.approx((1.0, 0.0), abs=1e-9)
-    assert evaluate.inception_score_adm(certain) == pytest.approx(10.0)
-    assert evaluate.inception_score_adm(certain[np.argsort(classes)], 10) == pytest.approx(1.0)
+    certain = 1000 * np.eye(10, dtype=np.float32)[np.arange(100) % 10]      # others underflow to 0
+    assert adm(certain) == pytest.approx(10)
 
 
 def test_kernel_distance_draws_as_torch_fidelity():
@@ -1684,29 +1476,16 @@ def test_kernel_distance_draws_as_torch_fidelity():
 
 def test_precision_recall_golden():
     numbers = golden("prc_golden.npz")
-    real, fake = numbers["feats_ref"], numbers["feats_sample"]
-    assert evaluate.precision_recall(real, fake) == (numbers["precision"], numbers["recall"])
+    real, fake, far = numbers["feats_ref"], numbers["feats_sample"], np.float32(3000)
+    expected = float(numbers["precision"]), float(numbers["recall"])
+    assert evaluate.precision_recall(real, fake) == expected
+    # so far from 0, distances in float32 would not do
+    assert evaluate.precision_recall(real + far, fake + far) == pytest.approx(expected, abs=0.003)
     for k, expected in ((2, (0.865, 0.460)), (4, (0.9525, 0.620))):
         assert evaluate.precision_recall(real, fake, k, 37) == expected
-
-
-@pytest.mark.parametrize("shift", [0, 3000])                # far from 0, float32 would not do
-def test_precision_recall_by_hand(shift):
-    def distances(a, b):
-        return np.sqrt(np.square(np.float64(a)[:, None] - np.float64(b)).sum(-1))
-
-    real, fake = np.random.default_rng(1).standard_normal((2, 90, 6)).astype(np.float32) + shift
-    fake = np.concatenate([0.7 * (fake[:70] - shift) + shift + 0.3, real[:10]])     # shared rows
-    reach, between = [np.sort(distances(x, x))[:, 3] for x in (real, fake)], distances(real, fake)
-    expected = ((between <= reach[0][:, None]).any(0).mean(), (between <= reach[1]).any(1).mean())
-    assert 0.3 < expected[0] < 1 and 0.3 < expected[1] < 1
-    for block in (1000, 7):
-        assert evaluate.precision_recall(real, fake, 3, block) == expected
     assert evaluate.precision_recall(real, real) == (1.0, 1.0)
     assert evaluate.precision_recall(real, real + 100) == (0.0, 0.0)
 
-
-# ---- Inception
 
 @pytest.fixture(scope="module")
 def inception():
@@ -1724,59 +1503,6 @@ def test_inception_golden(inception):
     np.testing.assert_allclose(pool, numbers["pool"], atol=1e-5)
     np.testing.assert_allclose(logits, numbers["logits_unbiased"], atol=1e-5)
 
-
-def test_inception_weights(inception, tmp_path):
-    weights = inception.state_dict()
-    assert {k: list(v.shape) for k, v in weights.items()} == golden("inception_fid_keys.json")
-    without = {k: v for k, v in weights.items() if not k.endswith("_tracked")}
-    torch.save(without, tmp_path / "whole.pth")
-    assert evaluate.InceptionFID(tmp_path / "whole.pth").fingerprint == inception.fingerprint
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-999])
-    for wrong in ({**without, "fc.weight": torch.ones(1000, 2048)},         # torchvision's
-                  tmp_path / "cut.pth", tmp_path / "none.pth"):
-        with pytest.raises(BadInput, match="Inception weights: .* Get pytorch-fid's"):
-            evaluate.InceptionFID(wrong)
-
-
-def test_tf_resize():
-    def weights(length):                                                    # [299, length]
-        low, weight = np.divmod(np.arange(299) * length / 299, 1)
-        low = low.astype(int)
-        up = np.minimum(low + 1, length - 1)
-        return (np.eye(length)[low].T * (1 - weight) + np.eye(length)[up].T * weight).T
-
-    image = torch.randint(0, 256, (1, 1, 17, 400), dtype=torch.uint8, generator=seeded())
-    expected = weights(17) @ image[0, 0].double().numpy() @ weights(400).T
-    np.testing.assert_allclose(evaluate.tf_resize(image)[0, 0], expected, atol=0.02)
-
-
-# ---- Pictures
-
-def test_to_uint8():
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    assert torch.equal(evaluate.to_uint8(levels / 255), levels)             # lossless
-    values = torch.tensor([-1, 0.999, 2, 0.5]).view(1, 1, 2, 2)
-    assert evaluate.to_uint8(values).flatten().tolist() == [0, 255, 255, 128]
-    assert evaluate.to_uint8(values, "truncate").flatten().tolist() == [0, 254, 255, 127]
-
-
-def test_subset_and_border():
-    assert len(evaluate.subset(range(50), 7)) == 7 and len(evaluate.subset(range(50), None)) == 50
-    images = torch.rand(2, 3, 8, 8)
-    assert torch.equal(evaluate.without_border(images, 2), images[:, :, 2:6, 2:6])
-
-
-def test_npz_that_cannot_be_scored(tmp_path):
-    for array, says in ((np.array([{"a": 1}], dtype=object), "allow_pickle"),
-                        (np.zeros((20, 4, 4, 3)), "arr_0 is float64"),
-                        (np.zeros((20, 3, 4, 4), np.uint8), r"\(20, 3, 4, 4\)"),
-                        (np.zeros((9, 4, 4, 3), np.uint8), "9 pictures of .*: too few")):
-        np.savez(tmp_path / "bad.npz", array)
-        with pytest.raises(BadInput, match=says):
-            evaluate.open_pictures(tmp_path / "bad.npz")
-
-
-# ---- Commands
 
 class Tiny(torch.nn.Module):
     """In place of InceptionFID: means of squares."""
@@ -1832,6 +1558,10 @@ def test_fid(fid_of, fid_folder):
     saved, b = (np.load(fid_folder / name) for name in ("saved.npz", "b.npz"))
     assert saved.files == ["arr_0"] and (saved["arr_0"] == b["arr_0"]).all()
     assert not (fid_folder / "saved.npz.npy").exists()
+    same, protocol = fid_of("fid @/b @/b")
+    assert same["FID"] == pytest.approx(0, abs=1e-6) and same["precision"] == 1
+    assert "10 images of" in protocol and "10 files are in both sets" in protocol
+    assert "(20, 20) and (40, 30)" in fid_of("fid @/a @/b.npz --size 20")[1]
 
 
 def test_fid_of_statistics(fid_of, fid_folder):
@@ -1843,24 +1573,15 @@ def test_fid_of_statistics(fid_of, fid_folder):
     assert len(scores) == 4 and scores["FID"] > 0
 
 
-def test_notes(fid_folder):
-    real, fake = (evaluate.open_pictures(fid_folder / "b", size) for size in (None, 20))
-    features = np.random.default_rng(0).standard_normal((10, 6), dtype=np.float32)
-    real.features = fake.features = dict.fromkeys(("pool", "logits"), features)
-    scores, notes = evaluate.compare(real, fake)
-    assert scores["FID"] == pytest.approx(0, abs=1e-6) and scores["precision"] == 1
-    assert [note.split(" ")[0] for note in notes] == 4 * ["warning:"]
-    assert "fewer than FID's 2,048" in notes[1] and "10 files are in both sets" in notes[2]
-    assert "(40, 30) and (20, 20)" in notes[3]
-
-
 def test_fid_refuses(fid_of, fid_folder, tmp_path):
     shutil.copytree(fid_folder / "b", tmp_path / "c")
-    last, fid = tmp_path / "c" / "9.png", f"fid @/statistics_a.npz {tmp_path}/c"
+    np.savez(tmp_path / "floats.npz", np.zeros((20, 4, 4, 3)))
+    last, fid = tmp_path / "c" / "9.png", f"fid @/statistics_a.npz {tmp_path}"
     for change, words, says in (
-            (lambda: Image.new("RGB", (40, 50)).save(last), fid, "9.png: not .*--size"),
-            (lambda: last.write_bytes(b"not one"), fid, "9.png: cannot be read "),
-            (last.unlink, fid, "9 images of .*: too few"),
+            (lambda: Image.new("RGB", (40, 50)).save(last), f"{fid}/c", "9.png: not .*--size"),
+            (lambda: last.write_bytes(b"not one"), f"{fid}/c", "9.png: cannot be read "),
+            (last.unlink, f"{fid}/c", "9 images of .*: too few"),
+            (bool, f"{fid}/floats.npz", "arr_0 is float64"),
             (bool, "fid @/a @/none", "none: not a folder and not an .npz"),
             (bool, "fid @/a", "required: B.*evaluate.py fid -h"),
             (bool, "rfid vqgan.pt --size 5", "unrecognized arguments: --size")):
@@ -1869,15 +1590,6 @@ def test_fid_refuses(fid_of, fid_folder, tmp_path):
             fid_of(words)
     refused(f"python evaluate.py fid {fid_folder}/a {fid_folder}/b --inception {tmp_path}/none.pth",
             "Inception weights", "none.pth", "Get pytorch-fid's pt_inception")
-
-
-def test_samples_depend_on_seed_and_start_alone(toy):
-    pair = load_generator(toy / "ar_nativetok_4.pt"), open_tokenizer(toy / "nativetok_4_stage2.pt")
-    zero, one = (evaluate.samples(*pair, 40, seed, "round") for seed in (0, 1))
-    pictures = zero.read(0, 20)                                             # [20, 3, H, W]
-    assert torch.equal(pictures, zero.read(0, 20)) and pictures.shape[1:] == (3, *zero.size)
-    for other in (one.read(0, 20), zero.read(20, 40)):      # the same classes
-        assert (pictures != other).flatten(1).any(1).sum() > 10     # some look alike
 
 
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
@@ -1891,15 +1603,14 @@ def test_rfid_and_gfid_on_one_rank_and_on_two(toy, fid_of, fid_folder, tmp_path,
     with pytest.raises(BadInput, match="not trained on the codes of .*nativetok_2.pt.*--tokenizer"):
         fid_of(f"{gfid} --tokenizer {toy}/nativetok_2.pt")
     one, protocol = fid_of(f"{gfid} --save @/one.npz")
+    assert fid_of(f"{gfid} --seed 1")[0] != one
     assert re.match("reference: 10 images of shapes train\nscored: 10 samples, 10 classes in turn, "
                     "seed 0, guidance", protocol)
-    script = tmp_path / "two.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch\n"
-                      f"import evaluate, trainer\n{inspect.getsource(Tiny)}\n"
-                      f"evaluate.InceptionFID, evaluate.BATCH = Tiny, 4\n"
-                      f"trainer.launch(evaluate.main)\n")
-    said = run(f"torchrun --nproc_per_node=2 {script} {gfid} --save {tmp_path}/two.npz "
-               f"--json {tmp_path}/two.json --device cpu")
+    (tmp_path / "two.py").write_text(
+        f"import torch, evaluate, trainer\n{inspect.getsource(Tiny)}\n"
+        "evaluate.InceptionFID, evaluate.BATCH = Tiny, 4\ntrainer.launch(evaluate.main)\n")
+    said = run(TWO.format(f"{tmp_path}/two.py {gfid} --save {tmp_path}/two.npz "
+                          f"--json {tmp_path}/two.json --device cpu"))
     assert said.count("reference: ") == 1
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["scores"] == pytest.approx(one, rel=1e-3)
@@ -1910,54 +1621,25 @@ def test_rfid_and_gfid_on_one_rank_and_on_two(toy, fid_of, fid_folder, tmp_path,
 
 # ---- Toy scores and the report (extras/report.py)
 
-def test_score_leaves_the_border_out():
-    classifier = report.FDClassifier(10).eval().requires_grad_(False)
-    originals, labels = torch.rand(100, 3, 32, 32), torch.arange(100) % 10
-    inner = evaluate.without_border(originals, 2)
-    assert torch.equal(inner, originals[:, :, 2:30, 2:30])
-    bench = report.Bench.__new__(report.Bench)
-    vars(bench).update(classifier=classifier, test=SimpleNamespace(border=2),
-                       device=torch.device("cpu"),
-                       reference=evaluate.feature_statistics(classifier(inner)[0]))
+def test_bench_of_the_report(tmp_path):
+    """Its scores leave the border out; its samples have the test images' balance of classes."""
+    args = SimpleNamespace(out=tmp_path, seed=0, device=CPU, data="shapes", images=100, samples=50)
+    bench = report.Bench(args, 32)
+    shares = [torch.bincount(labels, minlength=10) / len(labels)
+              for labels in (bench.labels, bench.sample_labels)]
+    assert len(bench.sample_labels) == 50 and (shares[0] - shares[1]).abs().max() < 0.021
+    bench.classifier = report.FDClassifier(10).eval().requires_grad_(False)
+    bench.test.border = 2
+    originals, labels = (torch.cat(parts) for parts in zip(*bench.images(bench.test)))
     framed = originals.clone()      # only the border is wrong: nothing is lost
     framed[:, :, :2] = framed[:, :, 30:] = framed[..., :2] = framed[..., 30:] = 1
-    parts = [(framed[:60], labels[:60], originals[:60]), (framed[60:], labels[60:], originals[60:])]
-    scores = bench.score(parts)
+    scores = bench.score([(framed[i], labels[i], originals[i])
+                          for i in (slice(60), slice(60, None))])
     assert scores["psnr"] == pytest.approx(100) and scores["fd"] == pytest.approx(0, abs=1e-6)
-    right = (classifier(inner)[1].argmax(1) == labels).float().mean().item()
-    assert scores["accuracy"] == pytest.approx(right)
+    right = bench.classifier(originals[:, :, 2:30, 2:30])[1].argmax(1) == labels
+    assert scores["accuracy"] == pytest.approx(right.float().mean().item())
     darker = bench.score([(originals * 0.5, labels, None)])
     assert darker.keys() == {"accuracy", "fd"} and darker["fd"] > scores["fd"]
-
-
-def test_classifier_is_kept_with_what_it_was_trained_on(tmp_path):
-    train, path = data.open_dataset("shapes", "train", 16), tmp_path / "fd_classifier.pt"
-    few = {"steps": 3, "batch_size": 64}
-    random_state = torch.get_rng_state()
-    trained = report.fd_classifier(train, path, **few)
-    assert torch.equal(torch.get_rng_state(), random_state)     # no trace in the caller's state
-    assert not trained.training and not any(p.requires_grad for p in trained.parameters())
-    written = path.stat().st_mtime_ns
-    again = report.fd_classifier(train, path, **few)
-    assert path.stat().st_mtime_ns == written and equal(trained.state_dict(), again.state_dict())
-    train.fingerprint = "of other data"
-    report.fd_classifier(train, path, steps=2, batch_size=64)
-    assert path.stat().st_mtime_ns != written
-
-
-def test_samples_have_the_balance_of_the_test_images(tmp_path):
-    args = SimpleNamespace(out=tmp_path, seed=0, device=torch.device("cpu"), data="shapes",
-                           images=1000, samples=100)
-    bench = report.Bench(args, 16)
-    assert len(bench.indices) == 1000 and len(set(bench.labels.tolist())) == 10     # of 2,000
-    shares = [torch.bincount(labels) / len(labels)
-              for labels in (bench.labels, bench.sample_labels)]
-    assert len(bench.sample_labels) == 100 and (shares[0] - shares[1]).abs().max() < 0.011
-
-
-def test_markdown_is_aligned():
-    lines = report.markdown([["a", "b"], ["long name", "1"], ["c", "12.50"]]).splitlines()
-    assert lines[1] == "| --------- | ----: |" and len(set(map(len, lines))) == 1
 
 
 SCORES = {
@@ -1970,25 +1652,25 @@ SCORES = {
 REPORT = "python -m extras.report --config toy --data shapes --tokens 4 --images 50 --samples 20"
 
 
-@pytest.fixture
-def reported(monkeypatch, capsys):
-    """reported(flags) -> what the report prints; its classifier is trained for 2 steps."""
-    few = functools.partial(report.fd_classifier, steps=2)
-    monkeypatch.setattr(report, "fd_classifier", few)
-
+def test_report(toy, tmp_path, monkeypatch, capsys):
+    """Its files, and the names and kinds of its numbers; scores of the stages that exist."""
     def reported(flags):
         monkeypatch.setattr(sys, "argv", [*REPORT.split()[2:], *flags.split()])
         report.main()
         return capsys.readouterr().out
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)        # beside other programs a second thread costs more than it helps
-    yield reported
-    torch.set_num_threads(threads)
+    monkeypatch.setattr(report, "fd_classifier", functools.partial(report.fd_classifier, steps=2))
+    part = tmp_path / "part"
+    refused(f"{REPORT} --out {part}", "vqgan.pt", "not found", "python vqgan.py")
+    assert not part.exists()
+    part.mkdir()
+    shutil.copy(toy / "vqgan.pt", part)
+    refused(f"{REPORT} --out {part}", "nativetok_4.pt", "python hnt.py --tokens 4")
+    printed = reported(f"--out {part} scores")
+    assert "| VQGAN" in printed and "| stage 1" not in printed
+    assert "python generator.py --mode maskgit --tokens 4" in printed
+    assert not (part / "report.md").exists()
 
-
-def test_report(toy, reported, tmp_path, monkeypatch):
-    """Its files, and the names and kinds of its numbers; without matplotlib no curves."""
     out = shutil.copytree(toy, tmp_path / "out", ignore=shutil.ignore_patterns("codes*"))
     printed = reported(f"--out {out}")
     scores, curves = (json.loads((out / name).read_text())
@@ -2014,129 +1696,23 @@ def test_report(toy, reported, tmp_path, monkeypatch):
     assert "losses.png" not in (out / "report.md").read_text()
 
 
-def test_scores_of_what_is_there(toy, reported, tmp_path):
-    command = f"{REPORT} --out {tmp_path}"
-    refused(command, "vqgan.pt", "not found", "python vqgan.py")
-    assert not list(tmp_path.iterdir())
-    shutil.copy(toy / "vqgan.pt", tmp_path)
-    refused(command, "nativetok_4.pt", "python hnt.py --tokens 4")
-    printed = reported(f"--out {tmp_path} scores")
-    assert "| VQGAN" in printed and "| stage 1" not in printed
-    assert "python generator.py --mode maskgit --tokens 4" in printed
-    assert not (tmp_path / "report.md").exists()
+# ---- Speed and memory (extras/bench.py)
 
 
-# ---- bench
-
-CPU = torch.device("cpu")
-
-
-# ---- Speed, memory, sizes (extras/bench.py)
-
-def test_interleave_takes_turns_and_leaves_out_the_first_round(monkeypatch):
-    calls, clock = [], iter([0, 100, 0, 100, 0, 1, 0, 10, 0, 5, 0, 20, 0, 3, 0, 30])   # a b a b ..
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    forms = {name: functools.partial(calls.append, name) for name in "ab"}
-    assert bench.interleave(forms, 3, CPU) == {"a": 3, "b": 20}
-    assert calls == list("abababab")
-
-
-# Operators whose result the CPU needs before it continues: .item() and `if tensor:` are the first.
-WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::equal",
-           "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave"}
-
-
-@pytest.mark.parametrize("name", ["toy", "titok_toy", "ar_toy", "maskgit_toy"])
-def test_no_operator_of_a_step_makes_the_cpu_wait_for_the_gpu(name):
-    def operators(step):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            step()
-        return {event.key: event.count for event in profile.key_averages()}
-
-    model, step = bench.training_step(bench.PRESETS[name], CPU, 2)
-    before = copy.deepcopy(model.state_dict())
-    step()
-    assert not equal(before, model.state_dict())
-    with mock.patch.object(torch.optim.AdamW, "step"):      # on a CPU it reads its step counts
-        calls = operators(step)
-    assert calls["aten::linear"] > 20 and not calls.keys() & WAITING
-    assert operators(lambda: torch.ones(3).sum().item()).keys() & WAITING
-
-
-def test_hnt_steps_train_all_or_the_new_part(toy):
-    config = replace(bench.PRESETS["toy"], tokens=4)
-    steps = bench.hnt_steps(config, CPU, 2, reused=3)
-    model = steps["full"].func.__closure__[0].cell_contents
-
-    def changed(step):
-        before = {name: p.clone() for name, p in model.named_parameters()}
-        step()
-        return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-
-    new = changed(steps["frozen"])
-    assert all(name.startswith(("decoder.", "mocet.experts.3.")) for name in new) and new
-    parts = {name.split(".")[0] for name in changed(steps["full"])}
-    assert parts == {"mit", "mocet", "to_code", "quantizer", "decoder"}
-    assert bench.step_ratio(toy / "nativetok_2.pt") is None     # not grown
-
-
-def test_speed_prints_every_comparison_and_step(monkeypatch, capsys):
+def test_speed_of_every_form_and_memory(monkeypatch, capsys):
     short = replace(bench.PRESETS["toy"], tokens=2, encoder_layers=1, decoder_layers=1)
     small = {"ar_full": bench.PRESETS["ar_toy"], "maskgit_full": bench.PRESETS["maskgit_toy"],
              "titok_l_32": replace(bench.PRESETS["titok_toy"], encoder_layers=1)}
     monkeypatch.setattr(bench, "PRESETS", small | {name: short for name in bench.FULL_SIZE[:3]})
     monkeypatch.setattr("sys.argv", ["bench", "speed", "--device", "cpu", "--batch_size", "2"])
     bench.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [re.search(r" ([\d.]+)x", line)[1] for line in lines[2:6]] and "1.33x" in lines[5]
-    names = [line.split()[0] for line in lines[7:]]
-    assert names == [*bench.FULL_SIZE, "nativetok_128", "ar_full", "maskgit_full"]
-
-
-def test_counted_work_is_what_the_formulas_say():
-    def block(length, width, queries):      # queries: how many positions are wanted
-        return (2 * length + 10 * queries) * width ** 2 + 2 * queries * length * width
-
-    c, d = bench.PRESETS["toy"], bench.PRESETS["toy"].expert_width
-    lengths = [c.patches + i + 1 for i in range(c.tokens)]      # what the experts read
-    experts = sum(block(length, d, length) + block(length, d, 1) for length in lengths)
-    mit = c.encoder_layers * block(1 + c.patches, c.width, 1 + c.patches)
-    linear = c.patches * c.width * (3 * c.patch_size ** 2 + d) + c.tokens * d * c.code_dim
-    assert bench.work_of(c)[1]["encode"] == mit + experts + linear
-
-
-def test_params_prints_the_counts_beside_the_papers(monkeypatch, capsys):
-    wanted = {"NativeTok-64": "666.80", "LlamaGen-B, VQGAN": "110.89", "U-ViT-L": "294.99"}
-    monkeypatch.setattr(bench, "COUNTED", {what: bench.COUNTED[what] for what in wanted})
-    bench.params(None)
-    output = capsys.readouterr().out
-    for what, total in wanted.items():
-        assert f"{what}: {total}M parameters   (paper: {bench.COUNTED[what][2]})\n" in output
-    assert "56.2%" in output
-
-
-def test_estimated_memory_is_what_a_real_run_keeps():
-    sizes = []
-    for mode in (FakeTensorMode(), contextlib.nullcontext()):
-        with mode:
-            model = tokenizer.build(replace(bench.PRESETS["toy"], tokens=3))
-            images, targets = torch.rand(2, 3, 32, 32), torch.zeros(2, 64, dtype=torch.int64)
-            loss = functools.partial(tokenizer.Stage1Loss(model), images, targets)
-            sizes.append(bench.kept_for_backward(loss))
-    assert sizes[0] == sizes[1] > 100_000
-
-
-def test_memory_falls_with_recompute_and_batch(monkeypatch):
-    tiny = replace(bench.PRESETS["toy"], tokens=4, encoder_layers=1, decoder_layers=1)
-    monkeypatch.setitem(bench.PRESETS, "tiny", tiny)
-    whole, half = (bench.memory_of("tiny", 1, batch) for batch in (64, 32))
+    said = capsys.readouterr().out
+    assert len(re.findall(r" [\d.]+x", said)) >= 4 and "1.33x" in said
+    for name in (*bench.FULL_SIZE, "nativetok_128", "ar_full", "maskgit_full"):
+        assert re.search(rf"^{name} .*\d", said, re.MULTILINE)
+    whole, half = (bench.memory_of(bench.FULL_SIZE[0], 1, batch) for batch in (64, 32))
     assert half["kept"] == pytest.approx(whole["kept"] / 2, rel=0.1) and half["kept"] > 1_000_000
     assert half["state"] == whole["state"] and whole["--recompute"] < whole["all"]
-    model, discriminator = tokenizer.build(tiny), bench.vqgan.Discriminator()
-    frozen = bench.count(model, discriminator, bench.vqgan.ConvNeXtSmall(None))
-    trained = bench.count(model.decoder, model.pixel_decoder, discriminator)
-    state = 4 * frozen + 4 * bench.count(model) + 12 * trained      # weights, EMA; gradients, AdamW
-    assert bench.memory_of("tiny", 2, 4)["state"] == state
 
 
 # ---- The paper's tables and figures (extras/paper.py, Makefile)
@@ -2167,32 +1743,27 @@ def test_changed_distributions():
     labels = torch.zeros(200, dtype=torch.int64)
     greedy = ar.generate(labels, 1)
     pairs = paper.changed_distributions(ar, labels, at=2, changed=3, seed=0)
-    inputs = ar.inputs[-3:]                                                 # after 1, 2, 3 changes
-    for m, codes, (before, after) in zip((1, 2, 3), inputs, pairs, strict=True):
+    for m, codes, (before, after) in zip((1, 2, 3), ar.inputs[-3:], pairs, strict=True):
         differs = codes != greedy
         assert differs[:, 2:2 + m].all() and differs.sum() == 200 * m
         assert torch.equal(before, ar.table[greedy[:, 1 + m]].softmax(-1))
         assert torch.equal(after, ar.table[codes[:, 1 + m]].softmax(-1))
     p = ar.table[greedy[0, 1]].softmax(-1).scatter(0, greedy[0, 2:3], 0.0)  # [K], not the greedy
-    share = torch.bincount(inputs[0][:, 2], minlength=8) / 200
+    share = torch.bincount(ar.inputs[-3][:, 2], minlength=8) / 200
     assert (share - p / p.sum()).abs().max() < 0.1
 
 
-def test_overlap():
-    """1 if the generator ignores the codes before; small if each code has its own successors."""
+def test_overlap_and_neighbour_information():
+    """Overlap: 1 if the generator ignores the codes before; small if each code has its own
+    successors. Information: the entropy of repeated codes; 0 of independent ones, even in few."""
     p = torch.arange(30.0)[None]                        # compared: 29, 28, 27
     q = torch.cat([p[:, 1:], p[:, :1]], 1)              # 28, 27, 26
     assert paper.overlap(p, p).item() == 1 and paper.overlap(p, q).item() == pytest.approx(2 / 3)
-    assert [len(paper.likeliest(torch.ones(size))) for size in (4096, 512)] == [100, 51]
     assert paper.token_overlap(Bigram([list(range(30))] * 31, 6), draws=4) == [1.0] * 4
     apart = 0.01 * torch.arange(30).repeat(31, 1)
     for code in range(30):              # a code's three likeliest successors: by its remainder
         apart[code, 3 * (code % 10):3 * (code % 10) + 3] += 5.0
     assert max(paper.token_overlap(Bigram(apart, 6), draws=64)) < 0.35      # remainders may agree
-
-
-def test_neighbour_information():
-    """The entropy of repeated codes; 0 of independent ones, even in few images."""
     random = np.random.default_rng(0)
     first, second = random.integers(0, 16, (2, 20_000))
     again, none = paper.neighbour_information(np.stack([first, first, second], 1))
@@ -2215,14 +1786,10 @@ def test_intervals(ours, others, verdict):
 
 def untrained(folder):
     """What make paper leaves of a seed, of small models that were not trained."""
-    base = VQGANConfig(image_size=16, channels=8, channel_mult=(1, 1, 2), res_blocks=1, code_dim=4,
-                       codebook_size=16, l2_norm=True, norm_groups=4)
-    config = TokenizerConfig(tokens=8, patch_size=8, width=32, encoder_layers=1, decoder_layers=1,
-                             heads=2, expert_width=16, expert_layers=1, expert_heads=2, code_dim=4,
-                             codebook_size=40, vqgan=base)
+    config = replace(TINY, tokens=8, encoder_layers=1, codebook_size=40)
     sizes = "8 8_stage2 16 16_full 16_reuse 16_stage2 32 32_stage2".split()
     for kind, model, copies in (
-            ("vqgan", VQGAN(base), ["vqgan"]),
+            ("vqgan", VQGAN(TINY_VQGAN), ["vqgan"]),
             ("titok_8", build(replace(config, model="titok")),
              ["titok_8", "titok_8_stage2", "titok_causal_8"]),
             ("nativetok_8", build(config), [f"nativetok_{size}" for size in sizes])):
@@ -2269,14 +1836,14 @@ def test_paper(tmp_path, monkeypatch, capsys):
 
 def test_makefile_trains_what_is_missing(tmp_path):
     """In the right order, and only what the table that is asked for needs."""
-    make = f"make -o .venv/ready MAKE='make -o .venv/ready' PAPER={tmp_path} DATA=shapes -n"
-    plan = run(f"{make} table3a SEEDS=2")
+    make = f"make -o .venv/ready MAKE='make -o .venv/ready' PAPER={tmp_path} DATA=shapes -n table3a"
+    plan = run(f"{make} SEEDS=2")
     assert plan.count("tokenizer.py --config") == 6 and "generator.py" not in plan
     assert plan.index("vqgan.py") < plan.index("tokenizer.py")
     (tmp_path / "seed0").mkdir()
     for file in ("vqgan", "seed0/vqgan", "seed0/titok_8", "seed0/titok_causal_8"):
         (tmp_path / f"{file}.done").touch()
-    plan = run(f"{make} table3a SEEDS=1")
+    plan = run(f"{make} SEEDS=1")
     assert plan.count("tokenizer.py --config") == 1 and "--model titok" not in plan
     full = run("make -o .venv/ready table3a CONFIG=full WEIGHTS=none.bin", code=2)
     assert "none.bin: not found" in full and "python" not in full       # before any training

@@ -77,10 +77,6 @@ class TokenizerConfig:
     def patches(self) -> int:           # N
         return (self.image_size // self.patch_size) ** 2
 
-    @property
-    def grid(self) -> int:              # G
-        return self.vqgan.grid
-
 
 TOY = TokenizerConfig(tokens=16, patch_size=8, width=128, encoder_layers=4, decoder_layers=2,
                       heads=4, expert_width=64, expert_heads=2, code_dim=8, codebook_size=512,
@@ -152,8 +148,7 @@ def normal(*shape, std):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention and a four times wider MLP, each with a skip
-    connection. (In an expert D is d.)"""
+    """Pre-norm transformer block: attention and a four times wider MLP. In an expert D is d."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -219,7 +214,7 @@ class TokenDecoder(nn.Module):
     """Code vectors -> logits over the VQGAN's codes for every grid cell (TiTok's decoder)."""
     def __init__(self, config):
         super().__init__()
-        width, cells = config.width, config.grid ** 2
+        width, cells = config.width, config.vqgan.tokens    # G*G
         self.embed = nn.Linear(config.code_dim, width)
         self.class_token = normal(1, 1, width, std=width ** -0.5)
         self.mask_token = normal(1, 1, width, std=width ** -0.5)    # the same for all grid cells
@@ -368,7 +363,7 @@ class NativeTok(nn.Module):
     def decode_logits(self, logits):
         """Logits over the VQGAN's codes [B, G*G, V] -> images [B, 3, H, W], not clamped."""
         expected = logits.softmax(-1) @ self.pixel_codebook.weight          # [B, G*G, C]
-        grid = expected.transpose(1, 2).unflatten(2, (self.config.grid, -1))    # [B, C, G, G]
+        grid = expected.transpose(1, 2).unflatten(2, (self.config.vqgan.grid, -1))    # [B, C, G, G]
         return self.pixel_decoder(grid)
 
 
@@ -391,7 +386,7 @@ class TiTok(NativeTok):
 
     def latents(self, images):
         latents = self.latent_tokens.expand(len(images), -1, -1)            # [B, L, D]
-        latents = self.encoder(images, latents, self.mask)[:, -self.config.tokens:]     # [B, L, D]
+        latents = self.encoder(images, latents, self.mask)[:, -self.config.tokens:]
         if self.legacy:     # memory of [L, D] read as if it were [D, L], then transposed
             latents = latents.reshape(len(images), -1, self.config.tokens).transpose(1, 2)
         return self.to_code(latents)                                        # [B, L, c]
@@ -412,15 +407,13 @@ def build(config):
     return (NativeTok if config.model == "nativetok" else TiTok)(config)
 
 
-def checkpoint_name(config, stage=1):
-    """nativetok_16 or nativetok_16_stage2: the name of a tokenizer's files."""
+def checkpoint_name(config, stage=1):       # nativetok_16 or nativetok_16_stage2
     return f"{config.model}_{config.tokens}" + ("_stage2" if stage == 2 else "")
 
 
 def load_tokenizer(path, device="cpu", make="python tokenizer.py"):
-    """A trained tokenizer (NativeTok or TiTok), frozen and in eval mode, with averaged weights. Its
-    fine_tuned is True after stage 2. Raises BadInput if the file is missing or something else;
-    make: the command that it names then."""
+    """A trained NativeTok or TiTok with its averaged weights, frozen and in eval mode; fine_tuned:
+    has been through stage 2. Raises BadInput, with the command `make`, where there is none."""
     saved = trainer.load_checkpoint(path, "tokenizer", make)
     model = trainer.load_model(build, TokenizerConfig, saved, path)
     model.fine_tuned = "losses" in saved["settings"]
@@ -428,8 +421,7 @@ def load_tokenizer(path, device="cpu", make="python tokenizer.py"):
 
 
 def default_tokenizer(out, tokens, model="nativetok"):
-    """The file of this model and length in the folder out, after stage 2 if it is there. Raises
-    BadInput if there is none."""
+    """The file of this tokenizer in the folder out, after stage 2 if it is there, else BadInput."""
     for name in (f"{model}_{tokens}_stage2.pt", f"{model}_{tokens}.pt"):
         if (Path(out) / name).exists():
             return Path(out) / name
@@ -635,13 +627,12 @@ def train_stage2(args):
 # ---- Command line
 
 def chosen_config(args):
-    """The preset of --config and --model, with the fields that are given as flags."""
     titok = getattr(args, "model", "nativetok") != "nativetok"
     return trainer.override(PRESETS[DEFAULT_TITOK[args.config] if titok else args.config], args)
 
 
 def reconstruct(args):
-    """--reconstruct: write original beside reconstruction for each image, and print the codes."""
+    """Write original beside reconstruction for each image, and print the codes."""
     config = chosen_config(args)
     path = args.checkpoint or default_tokenizer(args.out, config.tokens, config.model)
     model = load_tokenizer(path, args.device)

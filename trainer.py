@@ -1,10 +1,9 @@
-"""What all stages share and no reader of the paper comes for: flags, checkpoints, ranks, the log.
+"""What all stages share: flags, checkpoints, ranks, the log. No model knows this file.
 
-No model knows this file. A script parses its flags, makes a Run (which refuses to overwrite old
-results), builds model, optimizer and EMA, calls run.start (which loads them on --resume), and has
-its loop in the open. A resumed run equals an uninterrupted one, bit for bit on a CPU, because the
-order of images is a function of (seed, step), the learning rate one of the step, and the random
-state is saved with the weights.
+A script parses its flags, makes a Run, then model, optimizer and EMA, calls run.start, which loads
+them on --resume, and has its loop in the open. A resumed run equals an uninterrupted one, bit for
+bit on a CPU: the order of images is a function of (seed, step), the learning rate one of the step,
+and the random state is saved with the weights.
 """
 import argparse
 import copy
@@ -19,9 +18,9 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import get_args
 
@@ -30,27 +29,21 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:     # Windows: two runs in one folder are not kept apart there
-    fcntl = None
-
 
 class BadInput(ValueError):
-    """Something the user gave is wrong. One line: what is wrong, where, and what to do."""
+    """One line for the user: what is wrong, where, and what to do."""
 
 
 def launch(main):
-    """Run a script's main(). BadInput ends in one line and exit code 2, Ctrl-C in one line and
-    exit code 130; any other error is Python's own."""
+    """Run main(). BadInput ends in one line and exit code 2, Ctrl-C in one line and code 130."""
     try:
         main()
     except (BadInput, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)       # mostly an error of all ranks: torchrun ends this one after rank 0
+            time.sleep(2)       # mostly all ranks' error: torchrun ends this one after rank 0
         line = f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}"
         print(line, file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, BadInput) else 130)     # ranks may be gone: do not wait
+        os._exit(2 if isinstance(error, BadInput) else 130)     # waits for no other rank
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -84,10 +77,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with one line of help per flag, and errors of one line."""
     def __init__(self, description, **kwargs):
         super().__init__(
-            description=description.split("\n\n")[0], usage="%(prog)s [flags]", add_help=False,
-            allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(
-                prog, max_help_position=36, width=120), **kwargs)
-        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+            description=description.split("\n\n")[0], usage="%(prog)s [flags]", allow_abbrev=False,
+            formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=120),
+            **kwargs)
 
     def format_help(self):
         return super().format_help().replace("\n\n", "\n")      # fits on a screen
@@ -104,32 +96,27 @@ def command_line(description, *config_classes):
         help="toy, small or full; default: full with CUDA, else toy")
     add("--data", help="shapes, fashion, auto or a folder; default: toy auto, else data/imagenet")
     add("--out", help="folder for results; default: out/<config>")
-    add("--resume", action="store_true", help="continue from the checkpoint if there is one")
-    add("--overwrite", action="store_true", help="start again and replace the old results")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="continue from the checkpoint if there is one")
+    either("--overwrite", action="store_true", help="start again and replace the old results")
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or mps; default: cuda if present, else cpu")
     add("--deterministic", action="store_true", help="on CUDA: sums in a fixed order, slower")
     add("--tensorboard", action="store_true", help="log for tensorboard, too")
     for cls in config_classes:
         group = parser.add_argument_group(f"{cls.__name__}, defaults by --config")
-        source = inspect.getsource(cls)
-        comments = dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.*)$", source, re.MULTILINE))
+        comments = dict(re.findall(r"(?m)^    (\w+): [^#\n]+#\s*(.*)$", inspect.getsource(cls)))
         for field in fields(cls):
-            how = {"default": argparse.SUPPRESS, "metavar": "",
-                   "help": comments.get(field.name, "").replace("%", "%%")}
-            if field.type is bool:
-                how |= {"action": argparse.BooleanOptionalAction}
-                del how["metavar"]
-            elif get_args(field.type) and field.type != tuple[int, ...]:    # Literal["a", "b"]
-                how |= {"choices": get_args(field.type)}
-                how["help"] += f": {', '.join(get_args(field.type))}"
-            elif field.type in (int, float, str):
-                how |= {"type": field.type}
-            elif field.type == tuple[int, ...]:
-                how |= {"type": lambda text: tuple(map(int, text.split(",")))}
-            else:       # another dataclass
-                continue
-            group.add_argument(f"--{field.name}", **how)
+            kind, text = field.type, comments.get(field.name, "")
+            how = {"metavar": "", "type": kind}
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif kind == tuple[int, ...]:
+                how["type"] = lambda value: tuple(map(int, value.split(",")))
+            elif get_args(kind):            # Literal["a", "b"]
+                how, text = {"metavar": "", "choices": get_args(kind)}, f"{text}: %(choices)s"
+            if not is_dataclass(kind):
+                group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **how)
     return parser
 
 
@@ -141,11 +128,8 @@ def parse(parser, argv=None):
     args.data = args.data or ("auto" if args.config == "toy" else "data/imagenet")
     args.out = Path(args.out or f"out/{args.config}")
     args.device = choose_device(args.device)
-    if args.overwrite and args.resume:
-        raise BadInput("--resume --overwrite: choose one")
     if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        raise BadInput("--overwrite: would delete what the run before this restart saved. Use "
-                       "--resume with --max-restarts")
+        raise BadInput("--overwrite: a restart would delete what is saved. Give --resume")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -175,8 +159,7 @@ def override(preset, args):
 # ---- Files
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename it to path: at every moment that is the old file or
-    the new one. Raises BadInput where the disk is full or the folder cannot be written."""
+    """Call write(temporary path), then rename that: at path is a whole file, old or new."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.writing{os.environ.get('RANK', '')}")
     try:
@@ -188,18 +171,20 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:        # torch.save on a full disk: RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot be written ({first_line(error)}). What was there is "
-                       f"unchanged. Free some space, or choose another --out") from error
+        raise BadInput(f"{path}: cannot be written ({first_line(error)}); unchanged. Free some "
+                       f"space, or choose another --out") from error
 
 
 def lock(path, wait=False):
-    """Lock this file until the returned one is closed or the process ends. Where another process
-    has the lock: wait for it, or raise BadInput."""
+    """Lock the file until the returned one is closed or the process ends. Where another process has
+    the lock: wait for it, or raise BadInput."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except ImportError:     # Windows: two runs in one folder are not kept apart
+        pass
     except OSError:
         raise BadInput(f"{path.parent}: another run is writing {path.stem[1:]} there. Wait for it, "
                        f"or choose another --out") from None
@@ -211,11 +196,8 @@ def first_line(error):
 
 
 def load_checkpoint(path, stages, make):
-    """A checkpoint's dict, with at least model, config, step and stage.
-
-    stages: the kind it must be, or a tuple of kinds (vqgan, tokenizer, ar, maskgit). make: the
-    command that makes one. Raises BadInput where the file is missing, cut short or another kind.
-    """
+    """A checkpoint's dict, with at least model, config, step and stage. stages: the kind it must
+    be, or a tuple of kinds (vqgan, tokenizer, ar, maskgit). make: the command that makes one."""
     stages = (stages,) if isinstance(stages, str) else stages
     if not Path(path).exists():
         raise BadInput(f"{path}: not found. Train it first: {make}")
@@ -223,17 +205,15 @@ def load_checkpoint(path, stages, make):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         stage = [checkpoint[name] for name in ("model", "config", "step", "stage")][-1]
     except Exception as error:          # torch raises many kinds here
-        raise BadInput(f"{path}: not a checkpoint of this project, or cut short "
-                       f"({first_line(error)}). Make it again: {make}") from error
+        raise BadInput(f"{path}: not a checkpoint, or cut short ({first_line(error)}). Make it "
+                       f"again: {make}") from error
     if stage not in stages:
-        raise BadInput(f"{path}: a checkpoint of stage {stage!r}, wanted {' or '.join(stages)}. "
-                       f"Make one: {make}")
+        raise BadInput(f"{path}: of stage {stage!r}, wanted {' or '.join(stages)}. Make it: {make}")
     return checkpoint
 
 
 def load_model(make, config_class, checkpoint, path):
-    """make(config) with a checkpoint's averaged weights, frozen and in eval mode. Raises BadInput
-    where config or weights are of another version or size."""
+    """make(config) with a checkpoint's averaged weights, frozen and in eval mode."""
     try:
         model = make(config_class(**checkpoint["config"]))
         model.load_state_dict(checkpoint.get("ema", checkpoint)["model"])
@@ -253,7 +233,7 @@ def fingerprint(module, leave_out=()):
 
 
 def read_log(path):
-    """The lines of a run's JSONL log as dicts, without one that a kill cut short."""
+    """The lines of a run's log as dicts, without one that a kill cut short."""
     lines = []
     for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
         with suppress(ValueError):
@@ -310,8 +290,7 @@ class Ema:
 
 
 def compile_methods(cls, *names):
-    """torch.compile these methods of a class, once for all its instances: 128 experts share one
-    graph. dynamic: their sequences differ in length."""
+    """Compile methods once for all instances: 128 experts, of different lengths, share a graph."""
     for name in names:
         setattr(cls, name, torch.compile(getattr(cls, name), dynamic=True))
 
@@ -329,7 +308,7 @@ def setup_ranks(device):
 
 @cache
 def patient_group():
-    """All ranks, for waits that exceed the timeout, as for another rank's share of the codes."""
+    """All ranks, for longer waits, as for another rank's share of the codes."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
@@ -351,10 +330,9 @@ MAY_DIFFER = {"steps", "micro_batch", "learning_rate", "end_learning_rate", "wor
 class Run:
     """One training run: its checkpoint is <out>/<name>.pt, its log <out>/<name>.jsonl.
 
-    store: facts that the checkpoint carries along. must_match: what else must be the same in a
-    resumed run, beside config, training and data; may_differ: settings that need not be. Raises
-    BadInput where results exist and neither --resume nor --overwrite was given, or where they were
-    made with other settings. A run that is complete says so and leaves with exit code 0.
+    store: facts for the checkpoint. must_match: what else, beside config, training and data, must
+    be the same in a resumed run; may_differ: settings that need not be. Raises BadInput where
+    results exist without --resume or --overwrite. Leaves with exit code 0 where they are complete.
     """
     def __init__(self, args, stage, name, config, training, dataset, may_differ=(), store=None,
                  **must_match):
@@ -362,88 +340,84 @@ class Run:
         self.config, self.training, self.store = config, training, store or {}
         self.settings = {"seed": args.seed, "data": dataset.content, **must_match}
         self.path, self.log_path = args.out / f"{name}.pt", args.out / f"{name}.jsonl"
-        self.step, self.seconds, self.sums, self.stop_asked, self.changes = 0, 0.0, {}, 0.0, ""
+        self.step, self.seconds, self.sums, self.stop_asked = 0, 0.0, {}, 0.0
         self.rank, self.world = setup_ranks(self.device)
         self.main = self.rank == 0
         share = training.batch_size // self.world       # of a step's images, on this rank
         if share * self.world != training.batch_size or min(share, training.micro_batch) < 1:
-            raise BadInput(f"--batch_size {training.batch_size}: not a multiple of {self.world} "
-                           f"ranks, or --micro_batch {training.micro_batch} is below 1")
+            raise BadInput(f"--batch_size {training.batch_size} --micro_batch "
+                           f"{training.micro_batch}: no multiple of {self.world} ranks, or below 1")
         self.accumulate = next(n for n in range(1, share + 1)
                                if share % n == 0 and share // n <= training.micro_batch)
         self.share = (self.rank, self.world, self.accumulate)
         self.lock = self.main and lock(args.out / f".{name}.lock")
-        self.checkpoint = self._existing_results(MAY_DIFFER | set(may_differ))
+        self.checkpoint, changes = self._existing_results(MAY_DIFFER | set(may_differ))
         if args.config == "toy" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)    # docs/results.md: threads that wait slow all others
         facts = [asdict(config), asdict(training), self.settings, self.step]
         if any(other != facts for other in gather(facts)):
-            raise BadInput("ranks differ in settings, data or checkpoint: give all the same ones")
+            raise BadInput("ranks differ in settings, data or checkpoint: give all the same")
         torch.manual_seed(args.seed)    # the same on all ranks while the model is made
-        # the first step whose loss or gradient is not finite
-        self.first_bad = torch.tensor(math.inf, device=self.device)
-        if args.tensorboard:
+        if args.tensorboard and self.main:
             from torch.utils.tensorboard import SummaryWriter       # pip install tensorboard
             self.board = SummaryWriter(args.out / "tensorboard" / name)
         state = f"resumed at step {self.step} of" if self.step else "new run of"
         self.say(f"config {args.config} ({args.why}), {self.path}: {state} {training.steps} steps"
-                 f"{self.changes}")
+                 f"{changes}")
         self.say(f"data {dataset.name}: {len(dataset):,} images, {len(dataset.classes)} classes"
                  f"{dataset.note}")
-        one, many = ("process", "processes") if self.device.type == "cpu" else ("GPU", "GPUs")
+        unit, units = ("process", "processes") if self.device.type == "cpu" else ("GPU", "GPUs")
         self.say(f"device {self.device}, {torch.get_num_threads()} CPU threads; batch "
-                 f"{training.batch_size} = {self.world} {one if self.world == 1 else many} x "
+                 f"{training.batch_size} = {self.world} {unit if self.world == 1 else units} x "
                  f"{share // self.accumulate} x {self.accumulate}")
 
     def _existing_results(self, may_differ):
-        """The checkpoint to continue from, or None."""
+        """The checkpoint to continue from or None, and the settings that have changed since."""
+        changes = ""
         if self.args.overwrite or not self.path.exists():
-            return None
+            return None, changes
         checkpoint = load_checkpoint(self.path, self.stage, "with --overwrite")
         old = {**checkpoint["config"], **checkpoint["training"], **checkpoint["settings"]}
         new = {**asdict(self.config), **asdict(self.training), **self.settings}
         for key in sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
             if key not in may_differ:
                 raise BadInput(f"{self.path}: made with {key}={old.get(key)}, not {new.get(key)}. "
-                               f"Choose another --out, or start again with --overwrite")
-            self.changes += f", {key} {old.get(key)} -> {new.get(key)}"
+                               f"Choose another --out, or --overwrite")
+            changes += f", {key} {old.get(key)} -> {new.get(key)}"
         self.step = checkpoint["step"]
         if self.step >= self.training.steps:
             self.say(f"{self.path}: complete ({self.step} steps); --overwrite starts again")
             raise SystemExit(0)
         if not self.args.resume:
-            raise BadInput(f"{self.path}: holds an unfinished run, step {self.step} of "
-                           f"{self.training.steps}. Give --resume, or --overwrite to start again")
-        return checkpoint
+            raise BadInput(f"{self.path}: step {self.step} of {self.training.steps}. Give --resume "
+                           f"to continue, or --overwrite to start again")
+        return checkpoint, changes
 
     def parallel(self, module):
         """DistributedDataParallel under torchrun, the module itself otherwise."""
         if self.world == 1:
             return module
         warnings.filterwarnings("ignore", "Grad strides")       # of dimensions of size 1
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=ids,
-                                                   gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def start(self, **parts):
         """Load the parts, which are what a checkpoint holds, on --resume. From here on Ctrl-C saves
         before it ends the run."""
-        torch.manual_seed(self.args.seed + 1000 * self.rank)    # each rank's own masks and dropout
+        # each rank's own masks and dropout
+        torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)
         if self.checkpoint is not None:
             try:
                 for name, part in parts.items():
                     part.load_state_dict(self.checkpoint[name])
             except Exception as error:
-                raise BadInput(f"{self.path}: does not fit this run ({first_line(error)}). Start "
-                               f"again with --overwrite") from error
+                raise BadInput(f"{self.path}: does not fit this run ({first_line(error)}). Give "
+                               f"--overwrite to start again") from error
             if len(self.checkpoint["ranks"]) == self.world:
                 rank = self.checkpoint["ranks"][self.rank]
                 torch.set_rng_state(rank["cpu"])
                 if self.device.type == "cuda" and rank["cuda"] is not None:
                     torch.cuda.set_rng_state(rank["cuda"])
                 self.sums = rank["unlogged"]
-            else:       # another number of ranks
-                torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)
         if self.main:
             if self.checkpoint is None:
                 self.path.unlink(missing_ok=True)       # --overwrite
@@ -455,32 +429,29 @@ class Run:
         self.checkpoint = None
         trained = sum(p.numel() for p in parts["model"].parameters() if p.requires_grad)
         self.say(f"{trained / 1e6:.2f}M parameters train")
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores SIGHUP
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
                 signal.signal(number, self._ask_to_stop)
         self.bar = tqdm(total=self.training.steps, initial=self.step, desc=self.path.stem,
                         unit="step", mininterval=1.0, disable=None if self.main else True)
         self.started = self.logged_at = time.perf_counter()
-        self.logged_step = self.step
+        self.logged_step, self.finite_steps = self.step, 0          # since the last line of the log
 
     def micro_batches(self, batches, module):
-        """The micro-batches of one step, on the device. Ranks average their gradients in the last
-        one only, so forward and backward must happen inside the loop over this."""
+        """The micro-batches of one step, on the device. Forward and backward must happen inside the
+        loop over this: ranks average their gradients in the last one only."""
         for i in range(self.accumulate):
-            images, labels = next(batches)
             last = i == self.accumulate - 1
             with nullcontext() if last or self.world == 1 else module.no_sync():
-                yield (images.to(self.device, non_blocking=True),
-                       labels.to(self.device, non_blocking=True))
+                yield [x.to(self.device, non_blocking=True) for x in next(batches)]
 
     def autocast(self):
         """bfloat16 on CUDA with --bf16; otherwise float32."""
-        enabled = self.training.bf16 and self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.training.bf16 and self.device.type == "cuda")
 
     def add(self, **values):
-        """Remember a micro-batch's values for the log: a line has the mean over its steps,
+        """Remember a micro-batch's values: a line of the log has the mean over its steps,
         micro-batches and ranks. Nothing waits for the GPU before a line is due."""
         for name, value in values.items():
             total, count = self.sums.get(name, (0.0, 0))
@@ -489,21 +460,24 @@ class Run:
     def log(self, step, **values):
         """Remember a step's values, and write a line to the log when one is due."""
         self.add(**values)
-        bad = ~torch.isfinite(self.sums["loss"][0] + self.sums["grad_norm"][0])
-        self.first_bad = torch.where(bad, self.first_bad.clamp(max=step), self.first_bad)
+        self.step = step + 1
+        # once a sum is not finite it stays so: this counts the steps before
+        finite = torch.isfinite(self.sums["loss"][0] + self.sums["grad_norm"][0])
+        self.finite_steps = self.finite_steps + finite.int()
         self.bar.update()
-        if (step + 1) % self.training.log_every and step + 1 < self.training.steps:
+        if self.step % self.training.log_every and self.step < self.training.steps:
             return
-        self._stop_if_not_finite()
         means = torch.stack([torch.as_tensor(total, device=self.device) / count
                              for total, count in self.sums.values()])       # [values]
         if self.world > 1:
             dist.all_reduce(means)
-        now, images = time.perf_counter(), self.training.batch_size * (step + 1 - self.logged_step)
-        line = {"step": step + 1, **dict(zip(self.sums, (means / self.world).tolist())),
-                "images_per_s": images / (now - self.logged_at),
+        means = dict(zip(self.sums, (means / self.world).tolist()))
+        self._stop_if_not_finite(means)
+        now, steps = time.perf_counter(), self.step - self.logged_step
+        line = {"step": self.step, **means,
+                "images_per_s": self.training.batch_size * steps / (now - self.logged_at),
                 "seconds": self.seconds + now - self.started}
-        self.sums, self.logged_at, self.logged_step = {}, now, step + 1
+        self.sums, self.logged_at, self.logged_step, self.finite_steps = {}, now, self.step, 0
         if not self.main:
             return
         with open(self.log_path, "a") as file:
@@ -511,28 +485,31 @@ class Run:
         text = f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s"
         self.bar.set_postfix_str(text)
         if self.bar.disable:        # not a terminal: a line instead of a bar
-            self.say(f"{self.path.stem}, step {step + 1} of {self.training.steps}: {text}")
+            self.say(f"{self.path.stem}, step {self.step} of {self.training.steps}: {text}")
         for name, value in line.items() if self.args.tensorboard else ():
-            self.board.add_scalar(name, value, step + 1)
+            self.board.add_scalar(name, value, self.step)
 
     def preview_due(self, step):
         """True on rank 0 when a preview picture is due."""
-        end = step + 1 == self.training.steps
-        return self.main and (end or (step + 1) % self.training.preview_every == 0)
+        last = step + 1 == self.training.steps
+        return self.main and (last or (step + 1) % self.training.preview_every == 0)
 
     def save_if_due(self, step, **parts):
         """Save every so often, at the last step, and where Ctrl-C asked for it, then leave."""
         self.step = step + 1
-        stop, end = self._stop_is_asked(), self.step == self.training.steps
+        stop, end = self.stop_asked, self.step == self.training.steps
+        if self.world > 1:      # all stop at the same step; to ask at every step takes time
+            stop = self.step % 4 == 0 and max(gather(stop))
         if not (stop or end or self.step % self.training.save_every == 0):
             return
-        self._stop_if_not_finite()
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         sums = {name: (float(total), count) for name, (total, count) in self.sums.items()}
         ranks = gather({"cpu": torch.get_rng_state(), "cuda": cuda, "unlogged": sums})
+        for rank in ranks:
+            self._stop_if_not_finite({name: sums[0] for name, sums in rank["unlogged"].items()})
         if self.main:
-            if not all(p.isfinite().all() for p in parts["model"].parameters()):
-                raise BadInput(f"weights are not finite after step {self.step}{self._advice()}")
+            weights = [p.detach().sum() for p in parts["model"].parameters()]
+            self._stop_if_not_finite({"a weight": sum(weights)})        # after the last update
             checkpoint = {"stage": self.stage, "step": self.step, "config": asdict(self.config),
                           "training": asdict(self.training), "settings": self.settings,
                           "ranks": ranks, **self.store,
@@ -556,22 +533,10 @@ class Run:
             raise KeyboardInterrupt(f"left at once; the last checkpoint is {self.path}")
         self.stop_asked = self.stop_asked or time.monotonic()
 
-    def _stop_is_asked(self):
-        if self.world == 1:
-            return bool(self.stop_asked)
-        if self.step % 4:       # ranks must stop at the same step, but asking all takes time
-            return False
-        asked = torch.tensor(self.stop_asked)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=patient_group())
-        return bool(asked)
-
-    def _stop_if_not_finite(self):
-        if self.world > 1:
-            dist.all_reduce(self.first_bad, op=dist.ReduceOp.MIN)
-        if math.isfinite(self.first_bad):
-            raise BadInput(f"loss or gradient is not finite at step {int(self.first_bad) + 1}"
-                           f"{self._advice()}")
-
-    def _advice(self):
-        kept = f"{self.path} keeps the last" if self.path.exists() else "there is no"
-        return f"; {kept} checkpoint. Try a smaller --learning_rate, or --no-bf16 on CUDA"
+    def _stop_if_not_finite(self, values):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                kept = f"{self.path} keeps the last" if self.path.exists() else "there is no"
+                step = min(self.step, self.logged_step + int(self.finite_steps) + 1)
+                raise BadInput(f"{name} is not finite at step {step}; {kept} checkpoint. Try a "
+                               f"smaller --learning_rate, or --no-bf16")

@@ -2,13 +2,13 @@
 
     python vqgan.py     # train (toy: 90 s on two CPU cores)
 
-Stage 1 (tokenizer.py) predicts this network's codes, and stage 2 fine-tunes a copy of its decoder.
-The architecture is MaskGIT-VQGAN's, whose public weights the paper builds on; the toy is smaller,
-compares codes by direction, and revives dead ones.
+Stage 1 (tokenizer.py) predicts this network's codes; stage 2 fine-tunes a copy of its decoder. The
+network is MaskGIT-VQGAN's, whose public weights the paper builds on; the toy is smaller, compares
+codes by direction and revives dead ones.
 
 Letters: B batch, H W pixels, G side of the code grid, L = G*G codes of an image in raster order,
-K codes in the codebook, c length of a code vector, C channels of a feature map, M vectors of a
-step. Images are float32 [B, 3, H, W] in [0, 1].
+K codes in the codebook, c length of a code vector, C channels. Images: float32 [B, 3, H, W] in
+[0, 1].
 """
 import math
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ class VQGANConfig:
     channels: int = 128             # C at full resolution
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)     # C at each resolution, half the one before
     res_blocks: int = 2             # residual blocks at each resolution
-    code_dim: int = 256             # c: length of a code vector
-    codebook_size: int = 1024       # K: codes in the codebook
+    code_dim: int = 256             # c
+    codebook_size: int = 1024       # K
     l2_norm: bool = False           # compare vectors by direction only
-    norm_groups: int = 32           # GroupNorm
+    norm_groups: int = 32
     perceptual: Literal["small", "convnext", "none"] = "none"   # network of the perceptual loss
-    perceptual_weight: float = 0.1  # of the perceptual loss, beside 1 for L2
+    perceptual_weight: float = 0.1  # beside 1 for L2
     revive_below: float = 0.0       # revive codes used less than this share of the average
 
     def __post_init__(self):
@@ -71,8 +71,7 @@ TRAINING = {
 # ---- The network. Attribute names are those of the public weights
 
 class ResBlock(nn.Module):
-    """Two convolutions and a skip. Where the width changes, the public weights add a 1x1
-    convolution of the *result*, not of the input."""
+    """Where the width changes, the public weights add a 1x1 convolution of the *result*."""
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -94,7 +93,7 @@ def res_blocks(c_in, c_out, config):
 
 
 class Encoder(nn.Module):
-    """Image [B, 3, H, W] -> one vector per grid cell [B, c, G, G]."""
+    """Images -> one vector per grid cell [B, c, G, G]."""
     def __init__(self, config):
         super().__init__()
         widths = [config.channels * m for m in config.channel_mult]
@@ -116,7 +115,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One vector per grid cell [B, c, G, G] -> image [B, 3, H, W], not clamped."""
+    """One vector per grid cell [B, c, G, G] -> images [B, 3, H, W], not clamped."""
     def __init__(self, config):
         super().__init__()
         widths = [config.channels * m for m in config.channel_mult]
@@ -141,16 +140,15 @@ class Decoder(nn.Module):
 
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest row of a codebook, whose index is the code (1711.00937).
-    With l2_norm both are scaled to length 1, which keeps more codes in use (2110.04627). Losses are
+    l2_norm: both are scaled to length 1, which keeps more codes in use (2110.04627). Losses are
     means: summed over c they would outweigh the reconstruction, and the codebook would collapse.
-    Another quantizer, here or in tokenizer.py, needs codes, lookup, forward, update_usage, stats,
-    here also codebook. Fingerprints of codes leave out `usage`."""
+    Another quantizer needs codes, lookup, forward, update_usage, stats, and here codebook."""
     def __init__(self, codebook_size, code_dim, l2_norm, commitment=0.25):
         super().__init__()
         self.l2_norm, self.commitment = l2_norm, commitment
         self.embedding = nn.Embedding(codebook_size, code_dim)
         nn.init.normal_(self.embedding.weight, std=code_dim ** -0.5)    # rows of length about 1
-        self.register_buffer("usage", torch.ones(codebook_size))    # 1: the average
+        self.register_buffer("usage", torch.ones(codebook_size))    # [K], 1: the average
         self.pending = []   # (vectors, codes) of this step's micro-batches
 
     def normalize(self, vectors):
@@ -162,8 +160,8 @@ class VectorQuantizer(nn.Module):
     def codes(self, z):
         """Vectors [..., c] -> codes int64 [...]. In float32: bf16 mixes up neighbours."""
         with torch.autocast(z.device.type, enabled=False):
-            book = self.codebook().float()
-            closeness = 2 * self.normalize(z.float()) @ book.t()  # [..., K]
+            book = self.codebook().float()                          # [K, c]
+            closeness = 2 * self.normalize(z.float()) @ book.t()    # [..., K]
             if not self.l2_norm:        # |z - e|^2 = |z|^2 - 2 z e + |e|^2
                 closeness = closeness - book.square().sum(-1)
             return closeness.argmax(-1)
@@ -183,11 +181,11 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update_usage(self, revive_below=0.0, decay=0.98):
-        """Once per step, after optimizer.step (which would push a moved code by its old gradient):
-        move codes used less than revive_below times the average onto vectors of this step."""
-        z, codes = (torch.cat(tensors) for tensors in zip(*self.pending))   # [M, c], [M]
+        """Once per step: move codes used less than revive_below times the average onto vectors of
+        this step. After optimizer.step, which would push a moved code by its old gradient."""
+        z, codes = map(torch.cat, zip(*self.pending))   # [vectors of this step, c] and their codes
         self.pending = []
-        counts = torch.zeros_like(self.usage)       # [K]; bincount would wait for the GPU
+        counts = torch.zeros_like(self.usage)   # [K]; bincount would wait for the GPU
         counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
         if dist.is_initialized():
             dist.all_reduce(counts)
@@ -202,14 +200,14 @@ class VectorQuantizer(nn.Module):
             self.usage.masked_fill_(dead, 1.0)
 
     def stats(self):
-        """Of the running use. codes_used stays near 1 while codes are revived."""
+        """Of the running use; codes_used stays near 1 while codes are revived."""
         share = self.usage / self.usage.sum()
         return {"codes_used": (self.usage > 0.01).float().mean(),
                 "perplexity": torch.exp(-(share * share.clamp_min(1e-12).log()).sum())}
 
 
 class VQGAN(nn.Module):
-    """Images [B, 3, H, W] -> codes int64 [B, L] in raster order, and back."""
+    """Images <-> codes int64 [B, L] in raster order."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -247,9 +245,9 @@ def load_vqgan(path, device="cpu"):
 # ---- Perceptual networks (stages 0 and 2) and discriminators (stage 2)
 
 class SmallPerceptual(nn.Module):
-    """The toy's perceptual network: trained in seconds to classify the training split. Not the
-    report's classifier: no score may come from a network that was trained against. It sees
-    brightness only: with three channels, trained on grey images, it let stage 2 turn pink."""
+    """The toy's perceptual network, trained to classify the training split. The report has another
+    one: no score may come from a network that was trained against. It sees brightness only: with
+    three channels, trained on grey images, it let stage 2 turn pink."""
     def __init__(self, classes):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, size, stride=2, padding=size // 2)
@@ -287,10 +285,9 @@ def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         batches = data.batches(dataset, batch_size, seed=4321)
         for _ in range(steps):
-            images, labels = (t.to(device) for t in next(batches))
-            loss = F.cross_entropy(model(images), labels)
+            images, labels = next(batches)
             optimizer.zero_grad()
-            loss.backward()
+            F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
             optimizer.step()
     checkpoint = dict(stage="perceptual", step=steps, config=config, model=model.state_dict())
     trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
@@ -317,8 +314,8 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXtSmall(nn.Module):
-    """torchvision's convnext_small (IMAGENET1K_V1), TiTok's perceptual network. Takes its
-    .pth file or state dict, or None for random weights; raises BadInput for any other."""
+    """torchvision's convnext_small (IMAGENET1K_V1), TiTok's perceptual network, of its .pth file or
+    state dict, else raises BadInput. None: random weights."""
     def __init__(self, path_or_state_dict):
         super().__init__()
         layers = [nn.Sequential(nn.Conv2d(3, 96, 4, stride=4), LayerNorm2d(96, eps=1e-6))]
@@ -332,20 +329,20 @@ class ConvNeXtSmall(nn.Module):
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
-        state = path_or_state_dict
+        state, file = path_or_state_dict, "weights"
         try:
             if isinstance(state, (str, Path)):
-                state = torch.load(state, map_location="cpu", weights_only=True)
+                file = state
+                state = torch.load(file, map_location="cpu", weights_only=True)
             if state is not None:
                 self.load_state_dict(state)
         except Exception as error:      # torch raises many kinds
-            file = path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else "weights"
             raise BadInput(f"{file}: not torchvision's convnext_small ({first_line(error)}). Give "
                            f"--convnext FILE, or --perceptual none") from error
         self.eval().requires_grad_(False)
 
     def forward(self, images):
-        """Images [B, 3, H, W] in [0, 1], of any size -> logits [B, 1000] (as 1d-tokenizer)."""
+        """Images of any size -> logits [B, 1000], as 1d-tokenizer."""
         x = F.interpolate(images, (224, 224), mode="bilinear", align_corners=False, antialias=True)
         return self.logits((x - self.mean) / self.std)
 
@@ -357,7 +354,7 @@ class ConvNeXtSmall(nn.Module):
 
 
 class BlurPool(nn.Module):
-    """[B, C, H, W] -> half the resolution: blur, then take every second pixel (1904.11486)."""
+    """[B, C, H, W] -> [B, C, H/2, W/2]: blur, then every second pixel (1904.11486)."""
     def __init__(self):
         super().__init__()
         row = torch.tensor([1.0, 3.0, 3.0, 1.0])
@@ -370,7 +367,7 @@ class BlurPool(nn.Module):
 
 
 class Discriminator(nn.Sequential):
-    """TiTok's PatchGAN: images [B, 3, H, W] -> logits [B, 1, grid, grid]; real is positive."""
+    """TiTok's PatchGAN: images -> logits [B, 1, grid, grid]; real is positive."""
     def __init__(self, width=128, grid=16):
         layers = [nn.Conv2d(3, width, 5, padding=2), nn.LeakyReLU(0.1)]
         for c_in, c_out in ((width, width), (width, 2 * width), (2 * width, 4 * width)):
@@ -382,8 +379,8 @@ class Discriminator(nn.Sequential):
 
 
 class FeatureDiscriminator(nn.Module):
-    """The toy's discriminator: small heads on the frozen maps of a SmallPerceptual (projected GAN,
-    2111.01007), which learn in tens of steps what takes a PatchGAN thousands."""
+    """The toy's: small heads on the frozen maps of a SmallPerceptual (projected GAN, 2111.01007),
+    which learn in tens of steps what takes a PatchGAN thousands."""
     def __init__(self, perceptual, width=64):
         super().__init__()
         self.perceptual = perceptual
@@ -393,12 +390,12 @@ class FeatureDiscriminator(nn.Module):
             for conv in perceptual.convs)
 
     def forward(self, images):
-        maps = zip(self.heads, self.perceptual.features(images))
-        return torch.cat([head(x).flatten(1) for head, x in maps], dim=1)   # [B, all cells]
+        pairs = zip(self.heads, self.perceptual.features(images))
+        return torch.cat([head(x).flatten(1) for head, x in pairs], dim=1)  # [B, all cells]
 
 
 class LeCam(nn.Module):
-    """Logits of real and of fake images stay near each other's running mean (2104.03310)."""
+    """Real and fake logits stay near each other's running mean (2104.03310)."""
     def __init__(self, decay=0.999):
         super().__init__()
         self.decay = decay
@@ -428,11 +425,11 @@ def perceptual_network(kind, dataset, out, weights, device):
 def save_preview(model, originals, path):
     """Originals over reconstructions."""
     both = torch.cat([originals, model.decode_codes(model.encode(originals))])
-    data.save_picture(data.picture_grid(both.cpu(), len(originals), scale=2), path)
+    data.save_picture(data.picture_grid(both, len(originals), scale=2), path)
 
 
 def train(args):
-    """The VQGAN trains; the perceptual network is frozen."""
+    """All of the VQGAN; the perceptual network is frozen."""
     config = trainer.override(PRESETS[args.config], args)
     training = trainer.override(TRAINING[args.config], args)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
@@ -476,8 +473,7 @@ def train(args):
 
 def main():
     parser = trainer.command_line(__doc__, VQGANConfig, TrainConfig)
-    parser.add_argument("--convnext", metavar="FILE", default="weights/convnext_small.pth",
-                        help="for --perceptual convnext")
+    parser.add_argument("--convnext", metavar="FILE", default="weights/convnext_small.pth")
     train(trainer.parse(parser))
 
 

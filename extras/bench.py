@@ -1,7 +1,7 @@
 """How fast, how much memory, how large.
 
-    python -m extras.bench speed        # the fast forms, HNT, a training step of each full preset
-    python -m extras.bench memory       # GiB per GPU in stages 1 and 2, estimated without a GPU
+    python -m extras.bench speed        # the fast forms, HNT, a step of each full preset
+    python -m extras.bench memory       # GiB per GPU in stages 1 and 2, estimated without one
     python -m extras.bench params       # parameters and multiply-adds, beside the paper's
 
 Letters: B batch, H W pixels, N patches, L tokens, d width of an expert, G side of the VQGAN's grid.
@@ -30,8 +30,8 @@ FULL_SIZE = ("nativetok_32", "nativetok_64", "nativetok_128", "titok_l_32")
 # ---- Speed
 
 def interleave(forms, rounds, device):
-    """{name: median seconds} of the functions in {name: function}, called in turn `rounds` times
-    after a warm-up: on a shared machine only times taken side by side can be compared."""
+    """{name: median seconds} of {name: function}, called in turn `rounds` times after a warm-up: on
+    a shared machine only times taken side by side can be compared."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds = {name: [] for name in forms}
     for _ in range(1 + rounds):
@@ -44,7 +44,7 @@ def interleave(forms, rounds, device):
 
 
 def training_step(config, device, batch, recompute=False):
-    """(model, step): step() is a step of stage 1 or of generator.py on random data, minus EMA."""
+    """(model, step): step() is one of stage 1 or generator.py on random data, minus EMA."""
     c, training = config, trainer.TrainConfig(recompute=recompute)
     is_generator = isinstance(c, generator.GeneratorConfig)
     if is_generator:
@@ -73,21 +73,20 @@ def training_step(config, device, batch, recompute=False):
     return model, step
 
 
-def hnt_steps(preset, device, batch, reused=None):
-    """{"full": step, "frozen": step} of a NativeTok, a preset's name or a config: all of it trains,
-    or what decides its first `reused` codes (None: half of them) is frozen."""
-    config = PRESETS[preset] if isinstance(preset, str) else preset
+def hnt_steps(config, device, batch, reused=None):
+    """{"full": step, "frozen": step} of a NativeTok: all of it trains, or what decides its first
+    `reused` codes (None: half of them) is frozen."""
     model, step = training_step(config, device, batch)
 
     def step_after(change, *args):
         change(model, *args)
-        step()      # AdamW skips parameters without a gradient
+        step()      # AdamW skips what has no gradient
     return {"full": partial(step_after, hnt.unfreeze),
             "frozen": partial(step_after, hnt.freeze_reused, reused or config.tokens // 2)}
 
 
 def step_ratio(path, device="cpu"):
-    """Seconds of a frozen step / of a full one, of hnt.py's checkpoint; None if not grown."""
+    """Seconds of a frozen step / of a full one, of a checkpoint; None if not grown."""
     saved = trainer.load_checkpoint(path, "tokenizer", "python hnt.py")
     if "reused" not in saved["settings"]:
         return None
@@ -97,7 +96,7 @@ def step_ratio(path, device="cpu"):
 
 
 def compare(device, batch):
-    """Print the seconds of two forms of the same work, their ratio and the paper's."""
+    """Seconds of two forms of the same work, their ratio, and the paper's."""
     native = tokenizer.build(PRESETS["nativetok_32"]).to(device).eval()
     titok = tokenizer.build(PRESETS["titok_l_32"]).to(device).eval()
     ar = generator.ARGenerator(PRESETS["ar_full"]).to(device).eval()
@@ -112,9 +111,9 @@ def compare(device, batch):
                                  "cached": lambda: ar.generate(labels)}),
             ("Table 3c, encoding", "0.88x", {"TiTok": lambda: titok.encode(images),
                                              "NativeTok": lambda: native.encode(images)}),
-            ("Table 3b, a step", "1.33x", hnt_steps("nativetok_64", device, batch))):
+            ("Table 3b, a step", "1.33x", hnt_steps(PRESETS["nativetok_64"], device, batch))):
         a, b = interleave(forms, 5, device).values()
-        what = f"{what}: {' / '.join(forms)}"
+        what += f": {' / '.join(forms)}"
         print(f"{what:<42}{a:>10.4f}{b:>10.4f}{a / b:>7.2f}x{paper:>8}")
 
 
@@ -141,7 +140,7 @@ def speed(args):
             continue
         used = torch.cuda.max_memory_allocated() / 2 ** 30      # 0 without CUDA
         macs = sum(n for part, n in work_of(config)[1].items() if part != "pixels")
-        share = 6 * macs * batch / seconds / peak       # forward and backward: 6 FLOP each
+        share = 6 * macs * batch / seconds / peak       # forward and backward: 6 FLOP
         print(f"{name:<26}{seconds:>9.3f}{batch / seconds:>10.2f}{used:>6.1f}{share:>9.0%}")
 
 
@@ -169,13 +168,13 @@ def work_of(config):
     return model, macs
 
 
-# what: (preset, changes, parameters as published and the paper's share under HNT)
+# what: (preset, changes, parameters as published and share that trains under HNT)
 COUNTED = {
     "NativeTok-32": ("nativetok_32", {}, "616M"), "NativeTok-64": ("nativetok_64", {}, "666M, 56%"),
     "NativeTok-128": ("nativetok_128", {}, "766M, 55%"), "TiTok-L-32": ("titok_l_32", {}, "641M"),
-    "LlamaGen-B, VQGAN": ("llamagen_b", {"tokens": 256, "codebook_size": 16384}, "111M"),
+    "LlamaGen-B, VQGAN": ("ar_full", {"tokens": 256, "codebook_size": 16384}, "111M"),
     "LlamaGen-L, VQGAN": ("llamagen_l", {"tokens": 256, "codebook_size": 16384}, "343M"),
-    "U-ViT-L": ("maskgit_uvit_l", {}, "287M")}
+    "U-ViT-L": ("maskgit_full", {}, "287M")}
 
 
 def params(args):
@@ -194,7 +193,7 @@ def params(args):
 # ---- Memory
 
 class InFloat32(TorchFunctionMode):
-    """What CUDA's autocast computes in float32 and the CPU's does not."""
+    """What only CUDA's autocast computes in float32."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (F.group_norm, F.layer_norm, F.softmax, torch.Tensor.softmax, F.mse_loss):
             args = [a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
@@ -202,7 +201,7 @@ class InFloat32(TorchFunctionMode):
 
 
 def kept_for_backward(forward):
-    """Bytes that autograd keeps of forward() for the backward pass, under CUDA's bf16 autocast."""
+    """Bytes that forward() keeps for the backward pass, under CUDA's bf16 autocast."""
     storages = {}
 
     def pack(tensor):
@@ -217,14 +216,14 @@ def kept_for_backward(forward):
 
 
 def memory_of(name, stage, batch):
-    """{what: bytes on one GPU} of a preset in stage 1 or 2, `batch` images at once, from tensors
-    without data. Not in it: CUDA's half GiB, workspaces, temporary gradients, fragmentation."""
+    """{what: bytes on one GPU} of a preset in stage 1 or 2, from tensors without data. Not in it:
+    CUDA's half GiB, workspaces, temporary gradients, fragmentation."""
     c = PRESETS[name]
     with FakeTensorMode():
         model, images = tokenizer.build(c), torch.empty(batch, 3, c.image_size, c.image_size)
         if stage == 1:
-            others, trained = [vqgan.VQGAN(c.vqgan)], count(model, trained=True)    # the teacher
-            targets = torch.zeros(batch, c.grid ** 2, dtype=torch.int64)            # [B, G*G]
+            others, trained = [vqgan.VQGAN(c.vqgan)], count(model, trained=True)
+            targets = torch.zeros(batch, c.vqgan.tokens, dtype=torch.int64)            # [B, G*G]
             loss = partial(tokenizer.Stage1Loss(model), images, targets)
         else:
             model.pixel_decoder.requires_grad_(True)
@@ -256,7 +255,7 @@ def main():
     parser = trainer.ArgumentParser(__doc__, prog="-m extras.bench")
     parser.add_argument("what", choices=("speed", "memory", "params"))
     parser.add_argument("--batch_size", type=int, help="default 64; speed on CPU 2, stage 2 32")
-    parser.add_argument("--device", help="speed: cpu, cuda or mps; default: cuda if present")
+    parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if present")
     args = parser.parse_args()
     {"speed": speed, "memory": memory, "params": params}[args.what](args)
 

@@ -4,8 +4,7 @@
     make table3a SEEDS=5        # or another of NAMES below
 
 Reads seed0, seed1, ... in --out; writes NAME.md, .json and .png there, and paper.md.
-Letters: B batch, H W pixels, L tokens, K codes in a codebook, n images of a set (here also draws),
-F features of a metric's network.
+Letters: B batch, H W pixels, L tokens, K codes in a codebook, n images or draws, F features.
 """
 import json
 from functools import cache, cached_property, partial
@@ -19,7 +18,7 @@ import data
 import trainer
 from evaluate import (WEIGHTS, InceptionFID, dataset_pictures, feature_statistics, features_of,
                       frechet_distance, open_pictures, samples, without_border)
-from extras.bench import hnt_steps, interleave
+from extras.bench import PRESETS, hnt_steps, interleave
 from extras.report import (Bench, line_plot, machine, markdown, order_curves, picture_of,
                            samples_grid, side_by_side)
 from generator import load_codes, load_pair, open_tokenizer, sample_codes
@@ -31,20 +30,19 @@ NAMES = ("table1", "table3a", "table3b", "table3c", "table5", "table6",
 
 def half_width(values):
     """Half of the 95 % interval of the mean by Student's t; None of a single value."""
-    if len(values) < 2:
-        return None
-    return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    if len(values) > 1:
+        return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
 
 
 def spread(values, form=".2f"):
-    """One value per seed -> "mean ± half of the interval"; of one seed the value alone."""
+    """One value per seed -> "mean ± half_width"; of one seed the value alone."""
     half = half_width(values)
     return f"{np.mean(values):{form}}" + ("" if half is None else f" ± {half:.2f}")
 
 
 def claim(words, one, other):
-    """The difference of two models' scores (ours, one value per seed; the paper's) in a sentence.
-    Ours are compared seed by seed."""
+    """The difference of two models' scores (ours, one value per seed; the paper's) in a sentence,
+    seed by seed."""
     gaps, paper = np.subtract(one[0], other[0]), one[1] - other[1]          # [seeds]
     half = half_width(gaps)
     verdict = "same sign" if gaps.mean() * paper > 0 else "the other way round here"
@@ -56,8 +54,8 @@ def claim(words, one, other):
 
 
 def compare(models, claims, notes=()):
-    """What `publish` takes, of a table with one row per model: {name: {head: cell}}. A cell is a
-    text or a score as in `claim`. claims: [(head, model, another)]."""
+    """For `publish`, of {model: {head: cell}}: a row per model. A cell is a text or a score as in
+    `claim`. claims: [(head, model, another)]."""
     heads, rows = [], []
     for name, cells in models.items():
         heads, row = [""], [name]
@@ -74,10 +72,9 @@ def compare(models, claims, notes=()):
 # ---- Table 6 and Fig. 5: does the generator listen to the codes before?
 
 def changed_distributions(ar, labels, at, changed, seed):
-    """The next code's distribution before and after earlier codes are changed (Section 4.4).
-
-    labels [n]. Returns for m = 1 .. changed the pair (before [n, K], after [n, K]): probabilities
+    """Section 4.4. labels [n] -> for m = 1 .. changed (before [n, K], after [n, K]): probabilities
     of code at + m where all codes before are greedy, and where codes at .. at + m - 1 are sampled.
+
     Our choices: no guidance, temperature 1; never the greedy code, so that exactly m differ; what
     is compared is the code right after them.
     """
@@ -95,19 +92,19 @@ def changed_distributions(ar, labels, at, changed, seed):
 
 
 def likeliest(p):
-    """The codes that are compared, of p [..., K]: the top 100 (the paper's), at most a tenth."""
+    """Of p [..., K], the codes that are compared: the paper's top 100, at most a tenth."""
     return p.topk(min(100, p.shape[-1] // 10)).indices
 
 
 def overlap(p, q):
-    """Share of the likeliest codes that p and q [n, K] have in common: [n]."""
+    """Share of the likeliest codes that p and q [n, K] have in common, [n]."""
     p, q = (torch.zeros_like(x).scatter(1, likeliest(x), 1.0) for x in (p, q))
     return (p * q).sum(1) / p.sum(1)
 
 
 def token_overlap(ar, draws=256):
-    """Table 6: the mean overlap after 1, 2, 3, 4 changes, over all positions (the paper does not
-    say which) and classes, at least `draws` in all. A small one alone is no merit."""
+    """Table 6: the mean overlap after 1, 2, 3, 4 changes, over classes and all positions (the paper
+    does not say which). A small one alone is no merit."""
     classes, found = ar.config.num_classes, []
     labels = torch.arange(classes).repeat(-(-draws // classes))             # [n]
     for at in range(ar.config.tokens - 4):
@@ -117,7 +114,7 @@ def token_overlap(ar, draws=256):
 
 
 def stem_plot(title, p, q):
-    """The likeliest codes of p [K] up and of q [K] down; square roots, or only a few would show."""
+    """The likeliest codes of p [K] up, of q [K] down; square roots, or only a few would show."""
     up, down = likeliest(p), likeliest(q)
     codes, heights = torch.cat([up, down]), torch.cat([p[up].sqrt(), -q[down].sqrt()])
     both, curves = torch.cat([torch.isin(up, down), torch.isin(down, up)]), {}
@@ -128,8 +125,8 @@ def stem_plot(title, p, q):
 
 
 def neighbour_information(codes):
-    """Mutual information of codes i and i + 1 in bits, [L - 1], of codes [n, L]. What frequencies
-    show with the second codes shuffled is subtracted, as most pairs occur once."""
+    """Mutual information in bits of codes i and i + 1, [L - 1], of codes [n, L], minus that of
+    shuffled ones: most pairs occur once."""
     def entropy(values):
         return stats.entropy(np.unique(values, return_counts=True)[1], base=2)
 
@@ -144,8 +141,8 @@ def neighbour_information(codes):
 # ---- The tables and figures
 
 class Paper:
-    """One method per table and figure: its docstring is the title, it returns a dict with any of
-    rows (of texts, the first is the head), numbers, claims, notes, picture."""
+    """One method per table and figure: its docstring is the title; it returns a dict of any of rows
+    (of texts), numbers, claims, notes, picture."""
     def __init__(self, args):
         fid = bool(args.inception or args.config == "full")
         self.args, self.fid, self.count = args, fid, 50_000 if fid else args.samples
@@ -160,7 +157,7 @@ class Paper:
         self.real_g = (open_pictures(args.reference) if args.reference else
                        self.pictures(self.bench.train if fid else self.bench.test))
 
-    @cached_property      # on first use: the FD-classifier may have to be trained
+    @cached_property      # the FD-classifier may have to be trained
     def network(self):
         if self.fid:
             return InceptionFID(self.args.inception or WEIGHTS).to(self.args.device)
@@ -168,7 +165,7 @@ class Paper:
         return lambda images: classifier(without_border(images.float() / 255, border))  # [B, F], ..
 
     def distance(self, real, fake):
-        """FID, or the same of the FD-classifier's features. Pictures keep their statistics."""
+        """FID, or the same of the FD-classifier. Pictures keep their statistics."""
         for pictures in (real, fake):
             if "pool" not in pictures.statistics:
                 features = features_of(pictures, self.network, self.bench.device)["pool"]
@@ -179,7 +176,7 @@ class Paper:
         name = f"{name}.pt".replace("vqgan_stage2", "vqgan")        # it has no stage 2
         path = self.args.out / f"seed{seed}" / name
         if not path.exists():
-            raise BadInput(f"{path}: not found. Train it first: make {self.args.what} "
+            raise BadInput(f"{path}: not found. Run make {self.args.what} "
                            f"CONFIG={self.args.config}")
         return path
 
@@ -193,7 +190,7 @@ class Paper:
     @cache        # several tables show the same score
     def reconstructions(self, name):
         """Score of the test images' reconstructions, one per seed. Stage 1 by argmax: its softmax
-        blurs before stage 2, which a Fréchet distance punishes."""
+        blurs, which a Fréchet distance punishes."""
         values = []
         for seed in self.seeds[:1] if "vqgan" in name else self.seeds:      # all share the VQGAN
             tokenizer = self.load(name, seed)
@@ -205,11 +202,11 @@ class Paper:
     @cache
     def samples(self, name):
         """Score of an AR generator's samples, one per seed."""
-        return [self.distance(self.real_g, samples(*pair, self.count, 0, "round"))
-                for pair in (self.ar_pair(name, seed) for seed in self.seeds)]
+        return [self.distance(self.real_g, samples(*self.ar_pair(name, seed), self.count, 0,
+                                                   "round")) for seed in self.seeds]
 
     def row(self, name, rfid, stage=""):
-        """Cells for `compare`. Parameters include the pixel decoder's; rfid: the paper's."""
+        """Cells for `compare`. rfid: the paper's."""
         model = self.load(name)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         return {"parameters": f"{millions:.{0 if millions > 100 else 2}f}M",
@@ -218,27 +215,26 @@ class Paper:
 
     def table1(self):
         """Table 1: tokenizers under one AR generator"""
-        names, models = {"VQGAN": "vqgan", **self.pair}, {}
+        models = {}
         for model, rfid, gfid in (("VQGAN", 2.19, 5.46), ("TiTok", 2.21, 7.45),
                                   ("NativeTok", 2.57, 5.23)):
-            name = names[model]
+            name = self.pair.get(model, "vqgan")
             models[model] = {**self.row(f"{name}_stage2", rfid), self.g: (self.samples(name), gfid)}
         return compare(models, [(self.g, "NativeTok", "TiTok"), (self.g, "NativeTok", "VQGAN"),
                                 (self.r, "NativeTok", "TiTok")])
 
     def table3a(self):
         """Table 3a: kinds of attention, stage 1 alone, equal steps and parameters"""
-        models = {"TiTok": self.row(f"titok_{self.small}", 12.99),
-                  "TiTok (causal)": self.row(f"titok_causal_{self.small}", 12.95),
-                  "NativeTok": self.row(f"nativetok_{self.small}", 11.19)}
-        return compare(models, [(self.r, "NativeTok", "TiTok"),
-                                (self.r, "NativeTok", "TiTok (causal)")])
+        return compare({"TiTok": self.row(f"titok_{self.small}", 12.99),
+                        "TiTok (causal)": self.row(f"titok_causal_{self.small}", 12.95),
+                        "NativeTok": self.row(f"nativetok_{self.small}", 11.19)},
+                       [(self.r, "NativeTok", "TiTok"), (self.r, "NativeTok", "TiTok (causal)")])
 
     def table3b(self):
         """Table 3b: training strategies of HNT"""
-        name, toy = f"nativetok_{self.medium}", self.args.config == "toy"
-        device, batch = self.bench.device, 16 if toy else 64
-        steps = interleave(dict(hnt_steps("toy" if toy else name, device, batch)), 5, device)
+        name, device = f"nativetok_{self.medium}", self.bench.device
+        preset, batch = ("toy", 16) if self.args.config == "toy" else (name, 64)
+        steps = interleave(hnt_steps(PRESETS[preset], device, batch), 5, device)
         return compare(
             {"full": self.row(f"{name}_full", 6.50), "reuse": self.row(f"{name}_reuse", 6.46),
              "reuse + fine-tune": self.row(name, 6.22)},
@@ -255,9 +251,9 @@ class Paper:
                               (("VQGAN", "vqgan"), *self.pair.items())}, 9, device)
         models = {}
         for model, paper in (("VQGAN", 233.02), ("TiTok", 136.32), ("NativeTok", 119.85)):
-            ratio = seconds["TiTok"] / seconds[model]
-            models[model] = {"images/s": ([64 / seconds[model]], paper),
-                             "relative to TiTok": ([ratio], paper / 136.32)}
+            models[model] = {
+                "images/s": ([64 / seconds[model]], paper),
+                "relative to TiTok": ([seconds["TiTok"] / seconds[model]], paper / 136.32)}
         return compare(models, [], ["Batch 64. Compare the ratios, not the times."])
 
     def table5(self):
@@ -361,7 +357,7 @@ class Paper:
 
 
 def publish(paper, name):
-    """Measure one table or figure, print it, write NAME.md, .json and .png; returns the text."""
+    """Print one table or figure, write NAME.md, .json and .png; returns the text."""
     args, bench, method = paper.args, paper.bench, getattr(paper, name)
     made = {"title": method.__doc__, "seeds": len(paper.seeds),
             "rows": [], "claims": [], "notes": [], **method()}
@@ -370,9 +366,9 @@ def publish(paper, name):
                  f"{torch.__version__}.")
     notes.append("Seed 0." if name == "table3c" or name.startswith("fig") else
                  f"Seeds: {made['seeds']}. ± half of the 95 % interval (Student's t). All share "
-                 "VQGAN, data and the network that scores.")
+                 "VQGAN, data and scoring network.")
     if paper.r in str(made["rows"]):
-        notes.append(f"r: {paper.real.name} and their reconstructions, of stage 1 by argmax; g: "
+        notes.append(f"r: {paper.real.name} and reconstructions, of stage 1 by argmax; g: "
                      f"{paper.count:,} samples and {paper.real_g.name}. Rounded to bytes.")
         notes.append(f"FID: Inception of 2015, weights {paper.network.fingerprint}." if paper.fid
                      else "FD-classifier: a small network trained on the training images; not FID.")

@@ -1,4 +1,4 @@
-"""Public weights as models of this project: what NativeTok builds on or is compared with.
+"""Public weights as models: what NativeTok builds on or is compared with.
 
     python -m extras.pretrained vqgan FILE              # MaskGIT-VQGAN: out/full/vqgan.pt
     python -m extras.pretrained titok FILE a.png b.jpg  # TiTok: original, reconstruction, codes
@@ -12,8 +12,8 @@
 | convnext_small-0c510722.pth | torchvision | ConvNeXtSmall |
 
 Models come in eval mode, without gradients; BadInput where keys or shapes are not the file's. Tests
-hold each network equal to the official code on seeded weights (assets/golden); none was run with
-its file. Letters: B batch, H W pixels, L tokens, D width, c length of a code vector, K codes.
+hold each network equal to the official code on seeded weights; none was run with its file.
+Letters: B batch, H W pixels, L tokens, D width, c length of a code vector, K codes.
 """
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -32,7 +32,7 @@ from vqgan import VQGAN, ConvNeXtSmall  # noqa: F401
 
 @contextmanager
 def reading(source, what):
-    """Any error becomes one line that names the file: weights that do not fit raise many kinds."""
+    """Any error becomes one line that names the file."""
     try:
         yield
     except Exception as error:
@@ -43,8 +43,8 @@ def reading(source, what):
 
 
 def read_weights(path_or_state_dict):
-    """A state dict {name: tensor}: as it is, or from a .safetensors or torch file. Raises BadInput
-    where it cannot be read, or holds numbers that are not finite."""
+    """A state dict, as it is or of a .safetensors or torch file. Raises BadInput where it cannot be
+    read, or holds numbers that are not finite."""
     state = path_or_state_dict
     with reading(path_or_state_dict, "weights"):
         if not isinstance(state, dict):
@@ -61,7 +61,7 @@ def read_weights(path_or_state_dict):
 
 
 def layers_of(state, prefix):
-    """How many layers have names that begin with prefix and a number."""
+    """How many numbers follow prefix in the names."""
     return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
 
 
@@ -70,8 +70,7 @@ def load_maskgit_vqgan(path_or_state_dict):
     state = read_weights(path_or_state_dict)
     with reading(path_or_state_dict, "MaskGIT-VQGAN"):
         model = VQGAN(vqgan.PRESETS["full"])
-        # how often a code is used is ours alone
-        model.load_state_dict({"quantize.usage": model.quantize.usage, **state})
+        model.load_state_dict({"quantize.usage": model.quantize.usage, **state})    # ours alone
     return model.eval().requires_grad_(False)
 
 
@@ -90,15 +89,14 @@ TITOK_NAMES = (     # theirs -> ours, in this order
 def load_titok(path_or_state_dict, image_size=256):
     """The public TiTok-L-32, -B-64 or -S-128 as a TiTok, sizes read off the shapes.
 
-    These three were trained with a slip: before the last layer the encoder's [L, D] numbers are
-    reinterpreted, not transposed, as [D, L], so each latent mixes many tokens (`legacy`). TiTok's
-    later models (vq8k, vae) are of another kind.
+    They were trained with a slip: before the last layer the encoder's [L, D] numbers are
+    reinterpreted, not transposed, as [D, L], so each latent mixes many tokens (`legacy`).
     """
     state = read_weights(path_or_state_dict)
     with reading(path_or_state_dict, "TiTok-L-32, -B-64 or -S-128"):
         tokens, width = state["latent_tokens"].shape                        # L, D
         patch_size = state["encoder.patch_embed.weight"].shape[-1]
-        patches = len(state["encoder.positional_embedding"]) - 1            # but the class token
+        patches = len(state["encoder.positional_embedding"]) - 1            # minus class token
         if patches != (image_size // patch_size) ** 2:
             raise BadInput(f"{patches} patches of {patch_size} pixels, image_size {image_size}")
         codebook_size, code_dim = state["quantize.embedding.weight"].shape  # K, c
@@ -131,11 +129,8 @@ def renamed(state, ours):
 # ---- Generators. Their attribute names are those of the public weights
 
 def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
-    """Public class-conditional LlamaGen weights as an ARGenerator.
-
-    Sizes are those of the shapes, which do not tell heads (12 for B, 16 for L), rope ("2d" for the
-    published files, "1d" for a sequence), and how many tokens `generate` makes (256: 16 x 16).
-    """
+    """Public class-conditional LlamaGen weights as an ARGenerator. The shapes do not tell heads (12
+    for B, 16 for L), rope ("2d" for the published files), and how many tokens `generate` makes."""
     state = read_weights(path_or_state_dict)
     with reading(path_or_state_dict, "LlamaGen"):
         rows, width = state["cls_embedding.embedding_table.weight"].shape
@@ -147,7 +142,7 @@ def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
 
 
 def load_titok_maskgit(path_or_state_dict, heads=None):
-    """The public generator of TiTok-S-128 (a U-ViT; TiTok-L-32's and -B-64's are BERTs) as a
+    """The public generator of TiTok-S-128 (a U-ViT; those of L-32 and B-64 are BERTs) as a
     MaskGITGenerator. heads, which no shape tells: 16 as published; 4 for widths below 512."""
     state = read_weights(path_or_state_dict)
     with reading(path_or_state_dict, "TiTok-S-128's generator"):
@@ -166,7 +161,7 @@ def load_titok_maskgit(path_or_state_dict, heads=None):
 def write_vqgan(file, path, overwrite):
     """The checkpoint that stage 0 would write after training."""
     if path.exists() and not overwrite:
-        raise BadInput(f"{path}: exists. Replace it with --overwrite, or choose another --out")
+        raise BadInput(f"{path}: exists. Give --overwrite or another --out")
     model = load_maskgit_vqgan(file)
     checkpoint = {"stage": "vqgan", "step": 0, "config": asdict(model.config), "settings": {},
                   "model": model.state_dict(), "ema": {"model": model.state_dict(), "updates": 0}}
@@ -178,14 +173,14 @@ def reconstruct(file, paths, target):
     if not paths:
         raise BadInput("titok: no images. Name them after the file of weights")
     model = load_titok(file)
-    images = torch.stack([data.read_image(path, model.config.image_size)
-                          for path in paths])                           # [B, 3, H, W]
+    size = model.config.image_size
+    images = torch.stack([data.read_image(path, size) for path in paths])       # [B, 3, H, W]
     codes = model.encode(images)                                                # [B, L]
     pairs = torch.stack([images, model.decode_codes(codes)], dim=1).flatten(0, 1)
     data.save_picture(data.picture_grid(pairs, 2), target)
     for path, row in zip(paths, codes.tolist()):
         print(f"{path}: {' '.join(map(str, row))}")
-    print(f"{target}: original beside reconstruction, by {file}")
+    print(f"{target}: originals beside reconstructions, by {file}")
 
 
 def main():

@@ -3,8 +3,8 @@
     python -m extras.report             # report.md, scores.json, curves.json, pictures, in --out
     python -m extras.report scores      # only the table, of the stages that exist so far
 
-Accuracy and the Fréchet distance come from the FD-classifier, a small network trained here on the
-classes of the data's own train, and that no stage is trained against. The distance is not FID.
+Accuracy and the Fréchet distance (not FID) come from the FD-classifier, a small network trained
+here on the classes of the training images. No stage is trained against it.
 
 Letters: B batch, H W pixels, n images of a set, L tokens, K codes in a codebook, F features of the
 classifier. Images are float32 [B, 3, H, W] in [0, 1], codes int64 [B, L], labels int64 [B].
@@ -42,14 +42,11 @@ class FDClassifier(nn.Module):
     """The input of its last layer, 64 numbers, are the features of the Fréchet distance."""
     def __init__(self, classes):
         super().__init__()
-
-        def conv(c_in, c_out):
-            return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
-
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
         self.body = nn.Sequential(
-            *conv(3, 32), nn.MaxPool2d(2), nn.ReLU(),
-            *conv(32, 64), nn.MaxPool2d(2), nn.ReLU(),
-            *conv(64, 128), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+            conv(3, 32), nn.BatchNorm2d(32), nn.MaxPool2d(2), nn.ReLU(),
+            conv(32, 64), nn.BatchNorm2d(64), nn.MaxPool2d(2), nn.ReLU(),
+            conv(64, 128), nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
             nn.Flatten(), nn.Linear(128 * 2 * 2, 64), nn.ReLU())
         self.head = nn.Linear(64, classes)
 
@@ -63,8 +60,8 @@ class FDClassifier(nn.Module):
 
 
 def fd_classifier(dataset, path, device="cpu", steps=900, batch_size=128):
-    """An FDClassifier in eval mode, from path if that was trained on the same data. Training takes
-    40 seconds on two cores; its seed is fixed, so the same data give the same network."""
+    """An FDClassifier in eval mode, from path if that was trained on the same data. Its seed is
+    fixed; training takes 40 seconds on two cores."""
     config = {"data": dataset.fingerprint, "steps": steps, "batch_size": batch_size}
     with torch.random.fork_rng():
         torch.manual_seed(2718)
@@ -85,16 +82,14 @@ def fd_classifier(dataset, path, device="cpu", steps=900, batch_size=128):
         loss.backward()
         optimizer.step()
         schedule.step()
-    checkpoint = {"stage": "fd_classifier", "model": model.state_dict(), "step": steps,
-                  "config": config}
+    checkpoint = {"stage": "fd_classifier", "step": steps, "config": config,
+                  "model": model.state_dict()}
     trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
     return model.eval().requires_grad_(False)
 
 
-# ---- What is measured
-
 class Bench:
-    """What all scores of a run share: images, labels, classifier, the test images' statistics."""
+    """What all scores share: images, labels, classifier, the test images' statistics."""
     def __init__(self, args, image_size):
         self.out, self.seed, self.device, self.codes = args.out, args.seed, args.device, {}
         self.train, self.test = (data.open_dataset(args.data, split, image_size)
@@ -112,20 +107,19 @@ class Bench:
 
     @functools.cached_property
     def reference(self):
-        """feature_statistics of the test images."""
         return feature_statistics(self.look(self.images(self.test))[0])
 
     def images(self, dataset):
         return images_of(dataset, len(self.indices))
 
     def examples(self, count=10):
-        """[count, 3, H, W]: the first test image of each class, then others."""
+        """The first test image of each class, then others: [count, 3, H, W]."""
         first = np.unique(self.test.labels, return_index=True)[1]
         chosen = np.concatenate([first, np.setdiff1d(self.indices, first)])[:count]
         return next(data.all_images(self.test, count, chosen))[0].to(self.device)
 
     def in_threads(self, function, batches):
-        """[function(*batch), ...], on a CPU in a thread per core, each with one of torch's own."""
+        """[function(*batch), ...], on a CPU in one thread per core."""
         cores = 1 if self.device.type == "cuda" else os.cpu_count()
         with ThreadPoolExecutor(cores) as pool:
             return list(pool.map(lambda batch: function(*batch), batches))
@@ -142,7 +136,7 @@ class Bench:
     def look(self, batches, decode=lambda images: images):
         """(features [n, F], is the class right [n], dB [n] or [0]) of batches (images [B, 3, H, W],
         or codes for decode; labels [B]; originals, if any), without the test set's border."""
-        classifier, border = self.classifier, self.test.border
+        classifier, border = self.classifier, self.test.border      # before the threads start
 
         def one(images, labels, originals=None):
             images = without_border(decode(images.to(self.device)), border)
@@ -161,23 +155,12 @@ class Bench:
         return {**scores, "accuracy": right.float().mean().item(),
                 "fd": frechet_distance(*feature_statistics(features), *self.reference)}
 
-    def score_reconstructions(self, codes, decode):
-        """Scores of the test images' reconstructions from codes [n, L]."""
-        pairs = zip(codes.split(BATCH), self.images(self.test))
-        return self.score(((rows, labels, images) for rows, (images, labels) in pairs), decode)
-
-    def score_samples(self, codes, decode):
-        """Scores of codes [samples, L] that were sampled for sample_labels."""
-        return self.score(zip(codes.split(BATCH), self.sample_labels.split(BATCH)), decode)
-
 
 def measure(bench, files):
-    """{title: scores} of the stages that exist, and of images to compare with. Saves pictures of
-    reconstructions and samples."""
+    """{title: scores} of the stages that exist and of images to compare with. Saves pictures."""
     scores, images, scale = {}, bench.examples(), 84 // bench.side          # [10, 3, H, W]
-    for title, dataset, key in (("test images", bench.test, "accuracy"),
-                                ("as many training images", bench.train, "fd")):
-        scores[title] = {key: bench.score(bench.images(dataset))[key]}
+    scores["test images"] = {"accuracy": bench.score(bench.images(bench.test))["accuracy"]}
+    scores["as many training images"] = {"fd": bench.score(bench.images(bench.train))["fd"]}
     rows = [("original", images)]
     for title, stage, how in (("VQGAN", "vqgan", {}), ("stage 1, soft", "stage1", {}),
                               ("stage 1, argmax", "stage1", {"hard": True}),
@@ -185,8 +168,10 @@ def measure(bench, files):
         if files[stage].exists():
             model = open_tokenizer(files[stage], bench.device)
             codes, decode = bench.encode(model), functools.partial(model.decode_codes, **how)
-            scores[title] = bench.score_reconstructions(codes, decode)
-            scores[title]["perplexity"] = codebook_use(codes, model.config.codebook_size)[1]
+            batches = ((rows, labels, originals) for rows, (originals, labels)
+                       in zip(codes.split(BATCH), bench.images(bench.test)))
+            scores[title] = {**bench.score(batches, decode),
+                             "perplexity": codebook_use(codes, model.config.codebook_size)[1]}
             rows.append((title, decode(model.encode(images))))
     data.save_picture(picture_of(rows, scale), bench.out / "reconstructions.png")
     if "stage 2" in scores:     # model is stage 2's
@@ -199,7 +184,8 @@ def measure(bench, files):
         if files[stage].exists() and "stage 2" in scores:
             generator, tokenizer = load_pair(files[stage], files["stage2"], bench.device)
             codes = sample_codes(generator, bench.sample_labels, bench.seed)    # [samples, L]
-            scores[title] = {**bench.score_samples(codes, tokenizer.decode_codes),
+            batches = zip(codes.split(BATCH), bench.sample_labels.split(BATCH))
+            scores[title] = {**bench.score(batches, tokenizer.decode_codes),
                              "guidance_scale": generator.config.guidance_scale}
             data.save_picture(samples_grid(bench, codes, tokenizer),
                               bench.out / f"samples_{stage}.png")
@@ -207,12 +193,9 @@ def measure(bench, files):
 
 
 def order_curves(bench, ar_path, tokenizer_path):
-    """Curves that show an order of the tokens if there is one, of the test images.
-
-    bits: mean -log2 p(code_i | class, codes before it) under the AR generator; unigram: the entropy
-    of code_i alone, which a generator without context could reach; mse: of reconstructions from
-    the first `lengths` codes, of 250 images.
-    """
+    """Do the codes of the test images have an order? bits: mean -log2 p(code_i | class, codes
+    before) under the AR generator; unigram: entropy of code_i alone; mse: of the first `lengths`
+    codes decoded, of 250 images."""
     ar, tokenizer = load_pair(ar_path, tokenizer_path, bench.device)
     codes, bits, errors = bench.encode(tokenizer), [], []                   # [n, L]
     for batch, labels in zip(codes.split(BATCH), bench.labels.split(BATCH)):
@@ -240,7 +223,7 @@ def picture_of(rows, scale):
     names, images = zip(*rows)
     grid = data.picture_grid(torch.cat(images), len(images[0]), max(1, scale))
     font = ImageFont.load_default(14)
-    margin = int(max(font.getlength(name) for name in names)) + 14
+    margin = int(max(map(font.getlength, names))) + 14
     picture = Image.new("RGB", (grid.width + margin, grid.height), "white")
     picture.paste(grid, (margin, 0))
     for i, name in enumerate(names):
@@ -289,37 +272,34 @@ def line_plot(title, x_name, curves):
 
 
 def draw_curves(order, logs, out):
-    """order.png and losses.png."""
     positions = range(1, len(order["bits"]) + 1)
-    plots = [line_plot("Bits per token", "position in the sequence", {
-                 "under the AR generator": (positions, order["bits"]),
-                 "entropy of the code alone": (positions, order["unigram"])}),
-             line_plot("Mean squared error", "first k codes decoded", {
-                 "stage 2": (order["lengths"], order["mse"])})]
+    bits = {"AR generator": (positions, order["bits"]),
+            "entropy of the code alone": (positions, order["unigram"])}
+    plots = [line_plot("Bits per token", "position in the sequence", bits),
+             line_plot("Mean squared error", "first k codes decoded",
+                       {"stage 2": (order["lengths"], order["mse"])})]
     data.save_picture(side_by_side(plots, 2), out / "order.png")
-    losses = {stage: ([line["step"] for line in log], [line["loss"] for line in log])
-              for stage, log in logs.items()}
-    plots = [line_plot("Training", "step", {stage: loss}) for stage, loss in losses.items()]
+    plots = []
+    for stage, log in logs.items():
+        loss = [line["step"] for line in log], [line["loss"] for line in log]
+        plots.append(line_plot("Training loss", "step", {stage: loss}))
     data.save_picture(side_by_side(plots, 2), out / "losses.png")
 
 
 # ---- The report
 
 CAPTIONS = {
-    "reconstructions": "Test images and their reconstructions. Stage 1 loses prints and textures "
-                       "first; stage 2 should be sharper than stage 1, soft, and closer to the "
-                       "original than argmax.",
+    "reconstructions": "Test images and reconstructions. Stage 2 should be the sharpest.",
     "prefixes": "Their first codes, decoded: kind and outline should come first, then detail.",
-    "samples_ar": "New images from the AR generator. Look for variety, and for wrong classes.",
-    "samples_maskgit": "New images from MaskGIT. Look for parts that do not fit each other.",
-    "order": "Left: what a code costs. The gap is what class and earlier codes say about it. "
-             "Right: a steep start says that early codes carry most.",
-    "losses": "Training losses. Stage 2's has an adversarial part and need not fall.",
+    "samples_ar": "Samples of the AR generator, one row per class.",
+    "samples_maskgit": "Samples of MaskGIT.",
+    "order": "Left: what a code costs. Right: a steep start says that early codes carry most.",
+    "losses": "Stage 2's loss has an adversarial part and need not fall.",
 }
 
 
 def markdown(rows):
-    """Rows of texts, the first is the head -> a Markdown table that can be read as text, too."""
+    """Rows of texts, the first is the head -> a Markdown table, aligned."""
     first, *others = (max(map(len, column)) for column in zip(*rows))       # widths
     rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
     lines = [" | ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)])
@@ -329,21 +309,17 @@ def markdown(rows):
 
 def table(bench, scores):
     """The scores as a Markdown table, and what they were measured on."""
-    columns = {"psnr": ("PSNR, dB", ".2f"), "accuracy": ("accuracy", ".3f"),
-               "fd": ("FD-classifier", ".2f"), "perplexity": ("perplexity", ".0f"),
-               "guidance_scale": ("guidance", "g")}
-    rows = [["", *(head for head, _ in columns.values())]]
+    forms = {"psnr": ".2f", "accuracy": ".3f", "fd": ".2f", "perplexity": ".0f",
+             "guidance_scale": "g"}
+    rows = [["", *forms]]
     for title, values in scores.items():
         rows.append([title, *(f"{values[key]:{form}}" if key in values else ""
-                              for key, (_, form) in columns.items())])
+                              for key, form in forms.items())])
     return f"""{markdown(rows)}
 
-{len(bench.indices):,} images of {bench.test.name}, of which {bench.side}x{bench.side} pixels count;
-{len(bench.sample_labels):,} samples in the same balance of classes.
-PSNR: mean of the images' PSNR. FD-classifier: Fréchet distance to the test images on 64 features of
-a small network trained on the training images. It is not FID, and grows as images get fewer.
-Accuracy: share that this network puts into the right class. Guidance makes samples typical of it.
-Soft: the pixel decoder reads VQGAN embeddings averaged by probability; argmax: the most probable.
+{len(bench.indices):,} images of {bench.test.name}, {len(bench.sample_labels):,} samples. accuracy
+and fd (Fréchet distance; not FID) by a small network trained on the training images.
+Soft: the pixel decoder reads embeddings averaged by probability; argmax: the most probable.
 """
 
 
@@ -362,45 +338,42 @@ def report(args, bench, files, seed):
     scores = measure(bench, files)
     order = order_curves(bench, files["ar"], files["stage2"])
     ratio = step_ratio(files["stage1"], bench.device)
-    stage1 = trainer.load_checkpoint(files["stage1"], "tokenizer", "python hnt.py")
-    stages = ["vqgan", "stage1", "stage2", "ar", "maskgit"]
-    if reused := stage1["settings"].get("reused"):      # grown by hnt.py from a shorter one
-        shorter, stages = args.out / f"nativetok_{reused}.pt", [*stages[:2], "hnt", *stages[2:]]
-        files = {**files, "stage1": shorter, "hnt": files["stage1"]}
+    settings = trainer.load_checkpoint(files["stage1"], "tokenizer", "python hnt.py")["settings"]
+    stages = list(files)
+    if reused := settings.get("reused"):        # grown by hnt.py from a shorter one
+        stages.insert(2, "hnt")
+        files = {**files, "stage1": args.out / f"nativetok_{reused}.pt", "hnt": files["stage1"]}
     logs = {stage: trainer.read_log(files[stage].with_suffix(".jsonl")) for stage in stages}
     seconds = {stage: round(log[-1]["seconds"], 1) for stage, log in logs.items() if log}
     seconds["evaluate"] = round(time.perf_counter() - started, 1)
-    captions = dict(CAPTIONS)
+    pictures = list(CAPTIONS)
     if importlib.util.find_spec("matplotlib"):
         draw_curves(order, logs, args.out)
     else:
         print("matplotlib is missing: no curves (pip install matplotlib)")
-        del captions["order"], captions["losses"]
+        pictures = pictures[:-2]
 
     test, size, result = bench.test, bench.test.image_size, table(bench, scores)
-    times = [f"{value:.0f}" for value in (*seconds.values(), sum(seconds.values()))]
-    hnt = f"{ratio:.2f} of a full one" if ratio else "not measured, the tokens were not grown"
-    pictures = "\n".join(f"![]({name}.png)\n\n{text}\n" for name, text in captions.items())
     text = f"""# NativeTok, {args.config}: report
 
 {test.name}{test.note}: {len(bench.train):,} training and {len(test):,} test images, {size}x{size}.
-{machine(bench.device)}; torch {torch.__version__}.
-Seed of stage 0 {seed}, of the samples {bench.seed}.
+{machine(bench.device)}; torch {torch.__version__}; seed {seed}.
 
-| seconds | {" | ".join(seconds)} | all |
-| --- |{" ---: |" * len(times)}
-| | {" | ".join(times)} |
+| seconds | {" | ".join(seconds)} |
+| --- |{" ---: |" * len(seconds)}
+| | {" | ".join(f"{value:.0f}" for value in seconds.values())} |
 
 ## Scores
 
 {result}
-- Under the AR generator an image costs {sum(order["bits"]):.1f} bits; without class and earlier
-  codes it would be {sum(order["unigram"]):.1f}.
-- Hierarchical Native Training, time of a frozen step: {hnt}.
+- Bits per image under the AR generator: {sum(order["bits"]):.1f}; of the codes one by one:
+  {sum(order["unigram"]):.1f}.
+- Time of a frozen step of HNT: {f"{ratio:.2f} of a full one" if ratio else "not grown"}.
 
 ## Pictures
 
-{pictures}"""
+"""
+    text += "\n".join(f"![]({name}.png)\n\n{CAPTIONS[name]}\n" for name in pictures)
     three = ("psnr", "accuracy", "fd")
     argmax = {f"{key}_argmax": scores["stage 1, argmax"][key] for key in three}
     numbers = {"data": test.name, "seed": seed, "seconds": seconds, "vqgan": scores["VQGAN"],
@@ -409,29 +382,31 @@ Seed of stage 0 {seed}, of the samples {bench.seed}.
                "ar": scores["AR samples"], "maskgit": scores["MaskGIT samples"],
                "hnt": {"step_ratio": ratio}, "fd_floor": scores["as many training images"]["fd"],
                "classifier": {"test_accuracy": scores["test images"]["accuracy"]}}
-    for name, content in (("report.md", text),
-                          ("scores.json", json.dumps(numbers, indent=1) + "\n"),
-                          ("curves.json", json.dumps(order, indent=1) + "\n")):
-        trainer.write_atomically(args.out / name, lambda temporary: temporary.write_text(content))
+    for name, content in (("report.md", text), ("scores.json", json.dumps(numbers, indent=1)),
+                          ("curves.json", json.dumps(order, indent=1))):
+        trainer.write_atomically(args.out / name, lambda file: file.write_text(content + "\n"))
     print(f"{result}\n{args.out / 'report.md'}: the same with pictures")
 
 
 def main():
     parser = trainer.command_line(__doc__)
-    parser.add_argument("what", nargs="?", choices=("report", "scores"), default="report")
-    parser.add_argument("--tokens", type=int, help="of the tokenizer; default: 16 (toy) or 32")
-    parser.add_argument("--images", type=int, default=10_000, help="test images to score")
-    parser.add_argument("--samples", type=int, default=2_500, help="new images to score")
+    add = parser.add_argument
+    add("what", nargs="?", choices=("report", "scores"), default="report")
+    add("--tokens", type=int, help="of the tokenizer; default: 16 (toy) or 32")
+    add("--images", type=int, default=10_000, help="test images to score")
+    add("--samples", type=int, default=2_500, help="new images to score")
     args = trainer.parse(parser)
     tokens = args.tokens or (16 if args.config == "toy" else 32)
     name = f"nativetok_{tokens}"
-    stages = {"vqgan": ("vqgan", "vqgan.py"), "stage1": (name, f"hnt.py --tokens {tokens}"),
-              "stage2": (f"{name}_stage2", f"tokenizer.py --stage 2 --tokens {tokens}"),
-              "ar": (f"ar_{name}", f"generator.py --mode ar --tokens {tokens}"),
-              "maskgit": (f"maskgit_{name}", f"generator.py --mode maskgit --tokens {tokens}")}
-    files = {stage: args.out / f"{file}.pt" for stage, (file, _) in stages.items()}
-    missing = [f"{files[stage]}: not found. Train it first: python {command}"
-               for stage, (_, command) in stages.items() if not files[stage].exists()]
+    files, missing = {}, []
+    for stage, file, command in (
+            ("vqgan", "vqgan", "vqgan.py"), ("stage1", name, f"hnt.py --tokens {tokens}"),
+            ("stage2", f"{name}_stage2", f"tokenizer.py --stage 2 --tokens {tokens}"),
+            ("ar", f"ar_{name}", f"generator.py --mode ar --tokens {tokens}"),
+            ("maskgit", f"maskgit_{name}", f"generator.py --mode maskgit --tokens {tokens}")):
+        files[stage] = args.out / f"{file}.pt"
+        if not files[stage].exists():
+            missing.append(f"{files[stage]}: not found. Train it first: python {command}")
     if missing and (args.what == "report" or not files["vqgan"].exists()):
         raise BadInput(missing[0])
     if args.device.type == "cpu":
@@ -439,7 +414,7 @@ def main():
     vqgan = trainer.load_checkpoint(files["vqgan"], "vqgan", "python vqgan.py")
     bench = Bench(args, vqgan["config"]["image_size"])
     if args.what == "report":
-        report(args, bench, files, vqgan.get("settings", {}).get("seed"))
+        report(args, bench, files, vqgan["settings"].get("seed"))
     else:
         print("\n".join([table(bench, measure(bench, files)), *missing]))
 
