@@ -25,7 +25,10 @@ endif
 # what `auto` is gets written down once, so that all stages use the same data
 FLAGS = --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
 
-# Stages that do not need each other run side by side, each with one thread.
+# One thread per process: threads that wait for each other slow everything on a busy machine. The
+# first stages run as two ranks, the later ones side by side.
+RANKS := $(shell test $$(nproc 2>/dev/null || echo 1) -ge 2 && echo 2 || echo 1)
+TWO_RANKS := OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS)
 GET_DATA = if [ "$(DATA)" = auto ]; then $(MAKE) --no-print-directory data/fashion-mnist; fi
 .PHONY: demo vqgan classifier stage1 hnt stage2 ar maskgit test clean
 demo: .venv/ready
@@ -35,11 +38,11 @@ demo: .venv/ready
 	$(MAKE) --no-print-directory --jobs=3 stage2 ar maskgit classifier
 	$(PY) -m extras.report $(FLAGS)
 vqgan:
-	$(PY) vqgan.py $(FLAGS) --resume $(VQGAN_STEPS)
+	$(TWO_RANKS) vqgan.py $(FLAGS) --resume $(VQGAN_STEPS)
 classifier: vqgan
 	@OMP_NUM_THREADS=1 $(PY) -m extras.report scores $(FLAGS) > /dev/null
 stage1: vqgan
-	$(PY) tokenizer.py $(FLAGS) --resume --tokens 8 $(TOKENIZER_STEPS)
+	$(TWO_RANKS) tokenizer.py $(FLAGS) --resume --tokens 8 $(TOKENIZER_STEPS)
 hnt: stage1
 	$(PY) hnt.py $(FLAGS) --resume --tokens 16 $(HNT_STEPS)
 stage2: hnt

@@ -275,7 +275,7 @@ def row_order(n, batch_size, seed, step=0):
 
 
 class Reader:
-    """(epochs [B], indices [B]) -> one batch. seed None: fixed views."""
+    """(epochs [b], indices [b]) -> one batch. seed None: fixed views."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
@@ -293,6 +293,7 @@ def ignore_signals(worker):     # the first process saves
 
 
 def read(dataset, rows, seed, workers):
+    # rows: whole batches of (epochs, indices), in place of single indices
     source = DataLoader(Reader(dataset, seed), sampler=rows, batch_size=None,
                         num_workers=0 if dataset.in_memory else workers,
                         generator=torch.Generator(),        # not to draw from torch's, the run's

@@ -261,7 +261,7 @@ class Pictures:
     copy: np.ndarray | None = None  # of --save: [n, H, W, 3], filled by features_of
 
     def __post_init__(self):
-        if self.count < 10 and not self.statistics:
+        if self.count < 10 and (self.count or not self.statistics):
             raise BadInput(f"{self.name}: too few. Give 10 or more")
 
 
@@ -283,7 +283,7 @@ def npz_pictures(path):
     if rows.dtype != np.uint8 or rows.shape[3:] != (3,):
         raise BadInput(f"{path}: arr_0 is {rows.dtype} {rows.shape}, not uint8 [n, H, W, 3]")
     name, statistics = f"{len(rows):,} pictures of {path}", {}
-    if "mu" in found:
+    if {"mu", "sigma"} <= found.keys():
         name += ", for FID the statistics in it"
         statistics["pool"] = np.float64(found["mu"]), np.float64(found["sigma"])
         if [x.shape for x in statistics["pool"]] != [(FEATURES,), (FEATURES, FEATURES)]:

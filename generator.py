@@ -383,7 +383,8 @@ def codes_fingerprint(tokenizer):
 
 
 def views_of(images, views, size):
-    """images [B, 3, S, S] -> a list of views [B, 3, H, W]. 10: corners and middle, then flipped."""
+    """images [B, 3, S, S], S >= size -> a list of views [B, 3, H, W] of `size` pixels: the image,
+    its flip; 10: corners and middle, then their flips."""
     room = images.shape[-1] - size
     corners = [(0, 0), (0, room), (room, 0), (room, room), (round(room / 2),) * 2]
     crops = [images[..., y:y + size, x:x + size] for y, x in corners[:5 if views == 10 else 1]]

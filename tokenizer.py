@@ -1,7 +1,7 @@
 """Stages 1 and 2: NativeTok turns an image into a short ordered sequence of codes, and back.
 
-    python tokenizer.py --tokens 8                      # stage 1, toy (the default without a GPU)
-    python tokenizer.py --tokens 16 --stage 2           # stage 2: fine-tune the decoders
+    python tokenizer.py --tokens 8                      # stage 1, toy (default), after vqgan.py
+    python tokenizer.py --tokens 16 --stage 2           # stage 2: decoders, after hnt.py
     python tokenizer.py --tokens 16 --model titok       # the baseline, with equal parameters
     python tokenizer.py --reconstruct a.png b.jpg       # original beside reconstruction, and codes
     torchrun --nproc_per_node=4 tokenizer.py --tokens 128       # full (the default with CUDA)
@@ -592,7 +592,7 @@ def train_stage2(args):
         rate = trainer.cosine(step, training)
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
         decoders_wait = adversarial and step < weights.gan_start + weights.discriminator_first
-        trainer.set_lr(optimizer, 0.0 if decoders_wait else rate)
+        trainer.set_lr(optimizer, 0.0 if decoders_wait else rate)       # AdamW's averages move
         trainer.set_lr(discriminator_optimizer, rate * weights.discriminator_rate)
         optimizer.zero_grad()
         discriminator_optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What all stages share: flags, checkpoints, ranks, the log. No model knows this file.
+"""What all stages share and is not the method: flags, checkpoints, ranks, the log.
 
 A script parses its flags, makes a Run, then model, optimizer and EMA, calls run.start, which loads
 them on --resume, and has its loop in the open. A resumed run equals an uninterrupted one, bit for

@@ -180,15 +180,16 @@ def measure(bench, files):
         rows = [(f"first {k}", model.decode_codes(codes[:, :k])) for k in lengths]
         data.save_picture(picture_of([("original", images), *rows], scale),
                           bench.out / "prefixes.png")
-    for title, stage in (("AR samples", "ar"), ("MaskGIT samples", "maskgit")):
-        if files[stage].exists() and "stage 2" in scores:
-            generator, tokenizer = load_pair(files[stage], files["stage2"], bench.device)
-            codes = sample_codes(generator, bench.sample_labels, bench.seed)    # [samples, L]
-            batches = zip(codes.split(BATCH), bench.sample_labels.split(BATCH))
-            scores[title] = {**bench.score(batches, tokenizer.decode_codes),
-                             "guidance_scale": generator.config.guidance_scale}
-            data.save_picture(samples_grid(bench, codes, tokenizer),
-                              bench.out / f"samples_{stage}.png")
+    there = [stage for stage in ("ar", "maskgit") if files[stage].exists() and "stage 2" in scores]
+    pairs = [load_pair(files[stage], files["stage2"], bench.device) for stage in there]
+    drawn = bench.in_threads(                                               # [samples, L] each
+        lambda generator, _: sample_codes(generator, bench.sample_labels, bench.seed), pairs)
+    for stage, (generator, tokenizer), codes in zip(there, pairs, drawn):
+        batches = zip(codes.split(BATCH), bench.sample_labels.split(BATCH))
+        scores[{"ar": "AR samples", "maskgit": "MaskGIT samples"}[stage]] = {
+            **bench.score(batches, tokenizer.decode_codes),
+            "guidance_scale": generator.config.guidance_scale}
+        data.save_picture(samples_grid(bench, codes, tokenizer), bench.out / f"samples_{stage}.png")
     return scores
 
 
@@ -197,7 +198,7 @@ def order_curves(bench, ar_path, tokenizer_path):
     before) under the AR generator; unigram: entropy of code_i alone; mse: of the first `lengths`
     codes decoded, of 250 images."""
     ar, tokenizer = load_pair(ar_path, tokenizer_path, bench.device)
-    codes, bits, errors = bench.encode(tokenizer), [], []                   # [n, L]
+    codes, bits = bench.encode(tokenizer), []                               # [n, L]
     for batch, labels in zip(codes.split(BATCH), bench.labels.split(BATCH)):
         batch, labels = batch.to(bench.device), labels.to(bench.device)
         logits = ar(batch, labels).float()      # [B, L, K]; at position i after codes[:, :i]
@@ -206,12 +207,15 @@ def order_curves(bench, ar_path, tokenizer_path):
     unigram = [math.log2(codebook_use(column, ar.config.codebook_size)[1]) for column in codes.T]
     tokens = codes.shape[1]
     lengths = sorted({round(k) for k in np.linspace(1, tokens, min(tokens, 32))})
-    for images, _ in bar(images_of(bench.test, min(250, len(codes))), "prefixes"):
+
+    def errors_of(images, _):
         images = images.to(bench.device)
         batch = tokenizer.encode(images)                                    # [B, L]
         error = torch.stack([tokenizer.decode_codes(batch[:, :k]) - images for k in lengths])
         error = without_border(error, bench.test.border)                    # [lengths, B, 3, H, W]
-        errors.append(error.square().mean((2, 3, 4)).cpu())
+        return error.square().mean((2, 3, 4)).cpu()
+
+    errors = bench.in_threads(errors_of, images_of(bench.test, min(250, len(codes))))
     return {"bits": torch.cat(bits).mean(0).tolist(), "unigram": unigram, "lengths": lengths,
             "mse": torch.cat(errors, 1).mean(1).tolist()}
 
