@@ -39,7 +39,7 @@ demo: .venv/ready
 	$(PY) -m extras.report $(FLAGS)
 vqgan:
 	$(TWO_RANKS) vqgan.py $(FLAGS) --resume $(VQGAN_STEPS)
-classifier: vqgan
+classifier: stage1
 	@OMP_NUM_THREADS=1 $(PY) -m extras.report scores $(FLAGS) > /dev/null
 stage1: vqgan
 	$(TWO_RANKS) tokenizer.py $(FLAGS) --resume --tokens 8 $(TOKENIZER_STEPS)
