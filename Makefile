@@ -172,7 +172,7 @@ $(PAPER)/vqgan.done: | .venv/ready
 %_stage2.done: %.done
 	$(RUN) tokenizer.py $(HERE) --stage 2 --checkpoint $*.pt $(PAPER_STAGE2) && touch $@
 %/ar_vqgan.done: %/vqgan.done
-	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/vqgan.pt $(PAPER_AR) && touch $@
+	$(RUN) generator.py $(HERE) --mode ar --rope 2d --tokenizer $(@D)/vqgan.pt $(PAPER_AR) && touch $@
 %/ar_nativetok_$(S).done: %/nativetok_$(S)_stage2.done
 	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/nativetok_$(S)_stage2.pt $(PAPER_AR) && touch $@
 %/ar_titok_$(S).done: %/titok_$(S)_stage2.done

@@ -5,8 +5,8 @@
 The order is a pure function of (seed, step): neither workers nor ranks, accumulation or a resumed
 run change which images a step sees.
 
-Letters: B batch, H W pixels, n images of a set. A data set's images are uint8 [3, H, W], batches
-float32 [B, 3, H, W] in [0, 1].
+Letters: B batch, H W pixels, n images of a set. A data set's images are uint8 [3, H, W], those of
+all_images float32 [B, 3, H, W] in [0, 1].
 """
 import colorsys
 import functools
@@ -298,15 +298,13 @@ def read(dataset, rows, seed, workers):
                         num_workers=0 if dataset.in_memory else workers,
                         generator=torch.Generator(),        # not to draw from torch's, the run's
                         worker_init_fn=ignore_signals)
-    for images, labels in source:
-        # in numpy: waking the threads of torch costs more
-        yield torch.from_numpy(np.divide(images.numpy(), 255, dtype=np.float32)), labels
+    yield from source
 
 
 def batches(dataset, batch_size, seed, step=0, rank=0, world=1, accumulate=1, workers=0):
-    """This rank's micro-batches, endless, `accumulate` per step: (images [b, 3, H, W], labels int64
-    [b]). The batch_size images of a step are cut into world x accumulate equal parts, of which each
-    rank takes `accumulate` in a row."""
+    """This rank's micro-batches, endless, `accumulate` per step: (images uint8 [b, 3, H, W], labels
+    int64 [b]), for trainer.to_device. The batch_size images of a step are cut into world x
+    accumulate equal parts, of which each rank takes `accumulate` in a row."""
     size = batch_size // (world * accumulate)   # b
     rows = ((epochs[start:start + size], indices[start:start + size])
             for epochs, indices in row_order(len(dataset), batch_size, seed, step)
@@ -315,10 +313,12 @@ def batches(dataset, batch_size, seed, step=0, rank=0, world=1, accumulate=1, wo
 
 
 def all_images(dataset, batch_size, indices=None, workers=0):
-    """Once through all or `indices`, in order, fixed views, as from batches."""
+    """Once through all or `indices`, in order, fixed views: (float32 [B, 3, H, W], int64 [B])."""
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     rows = np.split(indices, range(batch_size, len(indices), batch_size))
-    return read(dataset, [(row, row) for row in rows if len(row)], None, workers)
+    for images, labels in read(dataset, [(row, row) for row in rows if len(row)], None, workers):
+        # in numpy: waking the threads of torch costs more
+        yield torch.from_numpy(np.divide(images.numpy(), 255, dtype=np.float32)), labels
 
 
 # ---- Pictures in and out, command line

@@ -49,6 +49,7 @@ class GeneratorConfig:
     temperature: float = 1.0        # sampling: of the softmax (AR), of the noise (MaskGIT)
     top_k: int = 0                  # sampling, AR: only the k likeliest codes; 0: all
     sampling_steps: int = 8         # sampling, MaskGIT: forward passes
+    softmax_temperature_annealing: bool = False     # sampling, MaskGIT: bold first, then careful
 
     def __post_init__(self):
         if self.width % (4 * self.heads):   # 4: pairs of channels, in two halves for rope 2d
@@ -59,9 +60,11 @@ class GeneratorConfig:
             raise BadInput(f"--views {self.views}: choose 1, 2 or 10")
 
 
-SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps")
-UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, temperature=2.8,
-                         guidance_scale=6.9, guidance="power-cosine", sampling_steps=64)
+SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps",
+            "softmax_temperature_annealing")
+# TiTok's 8 steps, as the paper's Table 2; of its settings the paper gives only the 8
+UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, guidance_scale=5.5,
+                         softmax_temperature_annealing=True)
 TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4,
                       dropout=0.0, views=1, guidance_scale=1.5)
 PRESETS = {
@@ -70,7 +73,9 @@ PRESETS = {
     "ar_small": GeneratorConfig(),
     "maskgit_small": replace(UVIT_L, tokens=32, width=768, layers=12, heads=12),
     "ar_full": GeneratorConfig(),  # LlamaGen-B; paper, Table 1
-    "maskgit_full": UVIT_L,  # Table 2; sampled as TiTok-S-128
+    "maskgit_full": UVIT_L,
+    "titok_s_128": replace(UVIT_L, temperature=2.8, guidance_scale=6.9, guidance="power-cosine",
+                           sampling_steps=64),  # its published samples
     "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),
 }
 TRAINING = {
@@ -78,7 +83,7 @@ TRAINING = {
                           warmup=50, beta2=0.95, weight_decay=0.05, ema=0.99, workers=0,
                           log_every=25, save_every=350, preview_every=350),
     "ar_full": TrainConfig(steps=1_500_000, micro_batch=256, end_learning_rate=1e-4, warmup=0,
-                           beta2=0.95, weight_decay=0.05),  # 300 epochs, constant learning rate
+                           beta2=0.95, weight_decay=0.05, ema=0.9999),  # 300 epochs, constant rate
     "maskgit_full": TrainConfig(batch_size=2048, micro_batch=512, learning_rate=2e-4,
                                 warmup=10_000, beta2=0.96, weight_decay=0.03),
 }
@@ -111,21 +116,22 @@ def guide(logits, scale):
 # ---- AR: LlamaGen (arXiv 2406.06525). Attribute names are those of its public weights
 
 def rotary(config, length, device):
-    """How far each position rotates each pair of channels: complex [T, D/h/2]. 2d: half of
-    the pairs turn by the code's row in the grid, half by its column. The class token's is 0 and
-    not 1, as LlamaGen was trained: its query and key vanish."""
+    """Cosine and sine of how far each position rotates each pair of channels: [2, T, D/h/2]. 2d:
+    half of the pairs turn by the code's row in the grid, half by its column. The class token's are
+    both 0, as LlamaGen was trained: its query and key vanish."""
     position, grid = torch.arange(length - 1, device=device), math.isqrt(length)
     parts = [position] if config.rope == "1d" else [position // grid, position % grid]
     pairs = config.width // config.heads // 2 // len(parts)
     frequency = 10_000.0 ** (-torch.arange(pairs, device=device) / pairs)
     angle = torch.cat([torch.outer(part, frequency) for part in parts], dim=1)  # [T - 1, D/h/2]
-    return F.pad(torch.polar(torch.ones_like(angle), angle), (0, 0, 1, 0))      # [T, D/h/2]
+    return F.pad(torch.stack([angle.cos(), angle.sin()]), (0, 0, 1, 0))     # [2, T, D/h/2]
 
 
 def apply_rotary(x, rotation):
-    """Rotate channels (2i, 2i + 1), seen as one complex number. x [B, h, T, D/h]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, h, T, D/h/2]
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+    """Rotate channels (2i, 2i + 1) as the real and imaginary part of a number. x [B, h, T, D/h]."""
+    cos, sin = rotation                                             # 2 x [T, D/h/2]
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)              # 2 x [B, h, T, D/h/2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
 
 class LlamaBlock(nn.Module):
@@ -174,6 +180,7 @@ class ARGenerator(nn.Module):
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)  # GPT-2's, as LlamaGen
+        nn.init.zeros_(self.output.weight)      # all codes equally likely
 
     def class_token(self, labels, drop_label=None):  # [B], bool [B] -> [B, 1, D]
         if drop_label is not None:
@@ -185,7 +192,7 @@ class ARGenerator(nn.Module):
         logits [B, L, K]. The last code is not read."""
         x = [self.class_token(labels, drop_label), self.tok_embeddings(codes[:, :-1])]
         x = self.dropout(torch.cat(x, dim=1))                         # [B, L, D]
-        rotation = rotary(self.config, codes.shape[1], codes.device)  # [L, D/h/2]
+        rotation = rotary(self.config, codes.shape[1], codes.device)  # [2, L, D/h/2]
         for layer in self.layers:
             x = layer(x, rotation)
         return self.output(self.norm(x))  # [B, L, K]
@@ -211,11 +218,11 @@ class ARGenerator(nn.Module):
         drop_label = torch.arange(R, device=device) >= B  # [R]
         cache = torch.zeros(c.layers, 2, R, c.heads, c.tokens, c.width // c.heads, device=device,
                             dtype=self.output.weight.dtype)     # of keys and values
-        rotation, codes = rotary(c, c.tokens, device), []       # [L, D/h/2]
+        rotation, codes = rotary(c, c.tokens, device), []       # [2, L, D/h/2]
         x = self.class_token(labels.repeat(R // B), drop_label)  # [R, 1, D]
         for i in range(c.tokens):
             for layer, kept in zip(self.layers, cache):  # kept: [2, R, h, L, D/h]
-                x = layer(x, rotation[i:i + 1], kept, i)
+                x = layer(x, rotation[:, i:i + 1], kept, i)
             logits = self.output(self.norm(x[:, 0]))                    # [R, K]
             logits = logits if R == B else guide(logits, guidance_scale)  # [B, K]
             codes.append(sample(logits, temperature, generator, top_k))
@@ -460,7 +467,8 @@ def train(args, config, training, tokenizer_path):
         trainer.compile_methods(LlamaBlock if config.mode == "ar" else UViTBlock, "forward")
     model = GENERATORS[config.mode](config).to(run.device)
     parallel, loss_function = run.parallel(model), LOSSES[config.mode]
-    optimizer = trainer.adamw(model.parameters(), training)
+    no_decay = trainer.NO_DECAY if config.mode == "maskgit" else ()     # LlamaGen's tables decay
+    optimizer = trainer.adamw(model, training, no_decay=no_decay)
     ema = trainer.Ema(model, training.ema)
     all_codes = extract_codes(run, tokenizer, fingerprint, dataset, args.out / f"codes_{name}")
     batches = code_batches(all_codes, dataset.labels, training.batch_size, args.seed, run.step,
@@ -515,8 +523,9 @@ def sample_codes(model, labels, seed=0, batch_size=500, **changes):
     """labels int64 [n] -> codes int64 [n, L] on the CPU, sampled as the model's config with changes
     says. Another batch_size acts as another seed."""
     c, device = replace(model.config, **changes), next(model.parameters()).device
-    how = {"top_k": c.top_k} if c.mode == "ar" else {"steps": c.sampling_steps,
-                                                     "guidance": c.guidance}
+    how = {"top_k": c.top_k} if c.mode == "ar" else {
+        "steps": c.sampling_steps, "guidance": c.guidance,
+        "softmax_temperature_annealing": c.softmax_temperature_annealing}
     generate = partial(model.generate, guidance_scale=c.guidance_scale, temperature=c.temperature,
                        generator=torch.Generator(device).manual_seed(seed), **how)
     return torch.cat([generate(batch.to(device)).cpu() for batch in labels.split(batch_size)])

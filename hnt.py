@@ -40,9 +40,7 @@ TRAINING = {
     "toy": TrainConfig(steps=1000, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
                        warmup=20, ema=0.99, workers=0, log_every=40, save_every=300,
                        preview_every=600),
-    "small": TrainConfig(steps=450_000),
-    "full": TrainConfig(steps=450_000),     # appendix F.1
-}
+    "small": TrainConfig(), "full": TrainConfig()}    # 450,000 steps frozen, as in appendix F.1
 
 
 def grow(state_dict, old_tokens, new_tokens):
@@ -92,10 +90,11 @@ def find_source(args, tokens):
 
 
 def train(args):
-    training = trainer.override(TRAINING[args.config], args)
+    tokens = args.tokens or {"toy": 16}.get(args.config, 64)
+    training = tokenizer.recompute_if_large(TRAINING[args.config], args, tokens)
+    training = trainer.override(training, args)
     data.find_folder(args.data)     # what is missing is named before an earlier stage is
     teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt", args.device)   # frozen
-    tokens = args.tokens or {"toy": 16}.get(args.config, 64)
     source_path = find_source(args, tokens)
     source = tokenizer.load_tokenizer(source_path)
     if source.config.model != "nativetok":
@@ -126,7 +125,7 @@ def train(args):
     if frozen:
         freeze_reused(model, reused)
     loss_fn = run.parallel(Stage1Loss(model))
-    optimizer = trainer.adamw(model.parameters(), training)     # holds what trains, nothing else
+    optimizer = trainer.adamw(model, training)      # holds what trains, nothing else
     ema = trainer.Ema(model, training.ema)
     run.say(f"{source_path}: {reused} tokens, grown to {tokens}; the first {frozen_steps} steps of "
             f"{training.steps} are frozen")
@@ -139,7 +138,7 @@ def train(args):
             frozen = False
             unfreeze(model)
             loss_fn = run.parallel(Stage1Loss(model))
-            optimizer = trainer.adamw(model.parameters(), training)
+            optimizer = trainer.adamw(model, training)
         trainer.set_lr(optimizer, trainer.cosine(step, training))
         optimizer.zero_grad()
         for images, _ in run.micro_batches(batches, loss_fn):               # [B, 3, H, W]

@@ -17,9 +17,9 @@ what a generator has to learn, p(z_i | z_0 .. z_{i-1}), is how the tokens were m
 
 What trains. Stage 1: MIT, experts, to_code, quantizer and token decoder, by cross-entropy against
 the codes that the frozen VQGAN (vqgan.py) gives the image, plus the quantizer's own loss. Stage 2:
-the token decoder and the VQGAN's pixel decoder, on the pixels, with a discriminator that is thrown
-away afterwards. All that decides the codes is frozen there, so generators trained on them stay
-valid. (hnt.py: from L tokens to more.)
+the token decoder and the VQGAN's codebook and decoder, on the pixels, with a discriminator that is
+thrown away afterwards. All that decides the codes is frozen there, so generators trained on them
+stay valid. (hnt.py: from L tokens to more.)
 
 A code is a number 0 .. K-1; its code vector, a row of the codebook, has c entries.
 Letters: B batch, H W pixels, N patches, L tokens, D width of MIT and decoder, d width of an expert,
@@ -30,6 +30,7 @@ their vectors, h heads, T length of a sequence (T_i in an equation is expert i).
 import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -175,10 +176,10 @@ class Block(nn.Module):
         """forward(x)[:, -1:], faster: every position gives its key and value, but only the last
         one's query and MLP are needed."""
         width = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight, bias = (p.split([width, 2 * width]) for p in (self.qkv.weight, self.qkv.bias))
         y = self.norm1(x)                                                   # [B, T, D]
-        q = F.linear(y[:, -1:], weight[:width], bias[:width])               # [B, 1, D]
-        k, v = F.linear(y, weight[width:], bias[width:]).chunk(2, dim=-1)   # 2 x [B, T, D]
+        q = F.linear(y[:, -1:], weight[0], bias[0])                         # [B, 1, D]
+        k, v = F.linear(y, weight[1], bias[1]).chunk(2, dim=-1)             # 2 x [B, T, D]
         x = x[:, -1:] + self.attend(q, k, v)                                # [B, 1, D]
         return x + self.mlp(self.norm2(x))
 
@@ -305,10 +306,14 @@ class MoCET(nn.Module):
         for expert in self.experts:
             pad = (self.pad_token + expert.position_embedding).expand(len(x_latent), -1, -1)
             x = torch.cat([sequence, pad], dim=1)                           # [B, N + i + 1, d]
-            z_i = checkpoint(expert, x, use_reentrant=False) if self.recompute else expert(x)
+            z_i = recomputed(expert, x) if self.recompute else expert(x)
             sequence = torch.cat([sequence, z_i + expert.position_embedding], dim=1)
             z.append(z_i)                                                   # [B, 1, d]
         return torch.cat(z, dim=1)                                          # [B, L, d]
+
+
+# experts draw no random numbers, so there is no state to keep for the second time
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 # ---- The tokenizers
@@ -322,7 +327,7 @@ class NativeTok(nn.Module):
         # Another quantizer goes here; vqgan.VectorQuantizer says which methods it needs.
         self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim, l2_norm=True)
         self.decoder = TokenDecoder(config)
-        # the VQGAN's codebook, which never trains, and its decoder, which stage 2 trains
+        # the VQGAN's codebook and decoder, which stage 2 trains
         self.pixel_codebook = nn.Embedding(config.vqgan.codebook_size, config.vqgan.code_dim)
         self.pixel_decoder = vqgan.Decoder(config.vqgan)
         self.pixel_codebook.requires_grad_(False)
@@ -455,9 +460,15 @@ def prepare(model, training):
         model.mocet.recompute = training.recompute
 
 
+def recompute_if_large(training, args, tokens):
+    """At full size more than 64 tokens leave too little of 80 GB without --recompute."""
+    return replace(training, recompute=args.config == "full" and tokens > 64)
+
+
 def train_stage1(args):
     config = chosen_config(args)
-    training = trainer.override(TRAINING[args.config, 1], args)
+    training = recompute_if_large(TRAINING[args.config, 1], args, config.tokens)
+    training = trainer.override(training, args)
     data.find_folder(args.data)     # what is missing is named before an earlier stage is
     teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt", args.device)   # frozen
     config = replace(config, vqgan=teacher.config)
@@ -474,7 +485,7 @@ def train_stage1(args):
     prepare(model, training)
     model = model.to(run.device)        # all of it trains but pixel_codebook and pixel_decoder
     loss_fn = run.parallel(Stage1Loss(model))
-    optimizer = trainer.adamw(model.parameters(), training)
+    optimizer = trainer.adamw(model, training)
     ema = trainer.Ema(model, training.ema)
     run.start(model=model, ema=ema, optimizer=optimizer)
     batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
@@ -504,7 +515,8 @@ def train_stage1(args):
 # ---- Stage 2: fine-tune the token decoder and the pixel decoder on the pixels
 
 class Stage2Loss(nn.Module):
-    """The decoders' loss: L2, perceptual and, once the discriminator has started, adversarial."""
+    """The decoders' loss: L2, perceptual and, once the discriminator has started, adversarial. From
+    the pixels on in float32, as TiTok: bf16 would put a floor under the perceptual loss."""
     def __init__(self, model, perceptual, config):
         super().__init__()
         self.model, self.perceptual, self.config = model, perceptual, config
@@ -514,15 +526,16 @@ class Stage2Loss(nn.Module):
         before gan_start."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             z_q = self.model.quantizer.lookup(self.model.encode(images))    # [B, L, c], frozen
-        reconstruction = self.model.decode_logits(self.model.decoder(z_q))  # [B, 3, H, W]
-        parts = {"l2": F.mse_loss(reconstruction, images)}
-        loss = parts["l2"]
-        if self.perceptual is not None:
-            parts["perceptual"] = self.perceptual.perceptual_loss(reconstruction, images)
-            loss = loss + self.config.perceptual_weight * parts["perceptual"]
-        if discriminator is not None:
-            parts["adversarial"] = -discriminator(reconstruction).mean()    # look real
-            loss = loss + self.config.gan_weight * parts["adversarial"]
+        reconstruction = self.model.decode_logits(self.model.decoder(z_q)).float()
+        with torch.autocast(images.device.type, enabled=False):
+            parts = {"l2": F.mse_loss(reconstruction, images)}              # [B, 3, H, W] both
+            loss = parts["l2"]
+            if self.perceptual is not None:
+                parts["perceptual"] = self.perceptual.perceptual_loss(reconstruction, images)
+                loss = loss + self.config.perceptual_weight * parts["perceptual"]
+            if discriminator is not None:
+                parts["adversarial"] = -discriminator(reconstruction).mean()    # look real
+                loss = loss + self.config.gan_weight * parts["adversarial"]
         return loss, parts, reconstruction
 
 
@@ -567,8 +580,8 @@ def train_stage2(args):
     for p in model.decoder.head[-1].parameters():       # on --resume, run.start puts its own back
         p.data *= weights.sharpen
     # what trains, beside the discriminator; all else came frozen from load_tokenizer
-    model.decoder.requires_grad_(True)
-    model.pixel_decoder.requires_grad_(True)
+    for part in (model.decoder, model.pixel_codebook, model.pixel_decoder):
+        part.requires_grad_(True)
     if weights.discriminator == "patch":
         discriminator = vqgan.Discriminator(grid=min(16, config.image_size // 8))
     else:
@@ -576,11 +589,12 @@ def train_stage2(args):
     adversary = DiscriminatorLoss(discriminator, weights.lecam_weight)
     adversary = adversary.to(run.device, memory_format=torch.channels_last)
     discriminator_parameters = [p for p in discriminator.parameters() if p.requires_grad]
+    gan_training = replace(training, steps=training.steps - weights.gan_start)
     loss_fn = run.parallel(Stage2Loss(model, perceptual, weights))
     discriminator_loss_fn = run.parallel(adversary)
-    optimizer = trainer.adamw(model.parameters(), training)
+    optimizer = trainer.adamw(model, training)
     betas = weights.discriminator_beta1, weights.discriminator_beta2
-    discriminator_optimizer = trainer.adamw(discriminator_parameters, training, betas)
+    discriminator_optimizer = trainer.adamw(discriminator, training, betas)
     ema = trainer.Ema(model, training.ema)
     saved = dict(model=model, ema=ema, optimizer=optimizer, discriminator=adversary,
                  discriminator_optimizer=discriminator_optimizer)
@@ -589,10 +603,12 @@ def train_stage2(args):
                            training.workers)
 
     for step in range(run.step, training.steps):
-        rate = trainer.cosine(step, training)
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
         decoders_wait = adversarial and step < weights.gan_start + weights.discriminator_first
+        rate = trainer.cosine(step, training)
         trainer.set_lr(optimizer, 0.0 if decoders_wait else rate)       # AdamW's averages move
+        # the discriminator's warm-up and cosine begin where it starts
+        rate = trainer.cosine(max(0, step - weights.gan_start), gan_training)
         trainer.set_lr(discriminator_optimizer, rate * weights.discriminator_rate)
         optimizer.zero_grad()
         discriminator_optimizer.zero_grad()
@@ -608,8 +624,7 @@ def train_stage2(args):
             for p in discriminator_parameters:
                 p.requires_grad_(True)
             if adversarial:
-                with run.autocast():
-                    parts["discriminator"] = discriminator_loss_fn(images, reconstruction.detach())
+                parts["discriminator"] = discriminator_loss_fn(images, reconstruction.detach())
                 (parts["discriminator"] / run.accumulate).backward()
             run.add(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)

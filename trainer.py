@@ -61,12 +61,12 @@ class TrainConfig:
     warmup: int = 5_000                 # steps of linear warm-up
     beta1: float = 0.9                  # AdamW: momentum
     beta2: float = 0.99                 # AdamW: second moment
-    weight_decay: float = 1e-4          # AdamW: on matrices and tables, not on biases and gains
+    weight_decay: float = 1e-4          # AdamW: on matrices and convolutions
     clip: float = 1.0                   # largest gradient norm
     ema: float = 0.999                  # decay of the averaged weights, used by all later stages
     bf16: bool = True                   # bfloat16 autocast on CUDA
     compile: bool = False               # torch.compile the transformer blocks
-    recompute: bool = False             # stage 1, HNT: run experts again in backward, for memory
+    recompute: bool = False             # run experts again in backward; on at full size for L > 64
     workers: int = 8                    # processes that decode images, per rank
     log_every: int = 100                # steps between two lines of the log
     save_every: int = 5_000             # steps between two checkpoints
@@ -133,6 +133,7 @@ def parse(parser, argv=None):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
     return args
 
 
@@ -147,6 +148,10 @@ def choose_device(asked=None):
     if name.startswith("cuda"):
         torch.cuda.set_device(name)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.enable_cudnn_sdp(False)     # plans anew for each length: L experts
+        if "PYTORCH_ALLOC_CONF" not in os.environ:      # less of the memory lies in unusable pieces
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return torch.device(name)
 
 
@@ -243,14 +248,20 @@ def read_log(path):
 
 # ---- Optimizer, schedule, averaged weights
 
-def adamw(parameters, training, betas=None):
-    """AdamW over the parameters that train. Weight decay where ndim >= 2 (nanoGPT's rule)."""
-    parameters = [p for p in parameters if p.requires_grad]
-    groups = [{"params": [p for p in parameters if (p.ndim >= 2) == decays],
-               "weight_decay": training.weight_decay * decays} for decays in (True, False)]
+NO_DECAY = "embed", "token", "position", "codebook"     # in a parameter's name, as TiTok
+
+
+def adamw(module, training, betas=None, no_decay=NO_DECAY):
+    """AdamW over the parameters that train, with weight decay on matrices and convolutions."""
+    groups = {True: [], False: []}      # by whether they decay
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim >= 2 and not any(word in name for word in no_decay)].append(p)
+    groups = [{"params": parameters, "weight_decay": training.weight_decay * decays}
+              for decays, parameters in groups.items()]
     return torch.optim.AdamW(groups, training.learning_rate,
                              betas or (training.beta1, training.beta2),
-                             fused=parameters[0].device.type != "mps")
+                             fused=next(module.parameters()).device.type != "mps")
 
 
 def cosine(step, training):
@@ -291,6 +302,7 @@ class Ema:
 
 def compile_methods(cls, *names):
     """Compile methods once for all instances: 128 experts, of different lengths, share a graph."""
+    torch._dynamo.config.optimize_ddp = False   # would cut each graph where DDP's buckets end
     for name in names:
         setattr(cls, name, torch.compile(getattr(cls, name), dynamic=True))
 
@@ -304,6 +316,13 @@ def setup_ranks(device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(minutes=10))
     return rank, world
+
+
+def to_device(x, device):
+    """A tensor of a batch on the device: without waiting for the GPU, images as bytes, which become
+    float32 in [0, 1] there."""
+    x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 @cache
@@ -438,12 +457,13 @@ class Run:
         self.logged_step, self.finite_steps = self.step, 0          # since the last line of the log
 
     def micro_batches(self, batches, module):
-        """The micro-batches of one step, on the device. Forward and backward must happen inside the
-        loop over this: ranks average their gradients in the last one only."""
+        """The micro-batches of one step on the device, images as float32 in [0, 1]. Forward and
+        backward must happen inside the loop over this: ranks average their gradients in the last
+        one only."""
         for i in range(self.accumulate):
             last = i == self.accumulate - 1
             with nullcontext() if last or self.world == 1 else module.no_sync():
-                yield [x.to(self.device, non_blocking=True) for x in next(batches)]
+                yield [to_device(x, self.device) for x in next(batches)]
 
     def autocast(self):
         """bfloat16 on CUDA with --bf16; otherwise float32."""

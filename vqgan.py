@@ -147,7 +147,8 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.l2_norm, self.commitment = l2_norm, commitment
         self.embedding = nn.Embedding(codebook_size, code_dim)
-        nn.init.normal_(self.embedding.weight, std=code_dim ** -0.5)    # rows of length about 1
+        # short rows: an optimizer step turns them far, and with l2_norm only the angle counts
+        nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
         self.register_buffer("usage", torch.ones(codebook_size))    # [K], 1: the average
         self.pending = []   # (vectors, codes) of this step's micro-batches
 
@@ -285,9 +286,9 @@ def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         batches = data.batches(dataset, batch_size, seed=4321)
         for _ in range(steps):
-            images, labels = next(batches)
+            images, labels = (trainer.to_device(x, torch.device(device)) for x in next(batches))
             optimizer.zero_grad()
-            F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+            F.cross_entropy(model(images), labels).backward()
             optimizer.step()
     checkpoint = dict(stage="perceptual", step=steps, config=config, model=model.state_dict())
     trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
@@ -362,8 +363,7 @@ class BlurPool(nn.Module):
 
     def forward(self, x):
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
-        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
-        return F.conv2d(x, kernel, stride=2, groups=x.shape[1])
+        return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
 class Discriminator(nn.Sequential):
@@ -395,7 +395,7 @@ class FeatureDiscriminator(nn.Module):
 
 
 class LeCam(nn.Module):
-    """Real and fake logits stay near each other's running mean (2104.03310)."""
+    """Mean real and fake logits stay near each other's running mean (2104.03310)."""
     def __init__(self, decay=0.999):
         super().__init__()
         self.decay = decay
@@ -403,10 +403,11 @@ class LeCam(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
 
     def forward(self, real, fake):
-        loss = F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
+        real, fake = real.float().mean(), fake.float().mean()
+        loss = F.relu(real - self.fake).square() + F.relu(self.real - fake).square()
         with torch.no_grad():
-            self.real.lerp_(real.mean().float(), 1 - self.decay)
-            self.fake.lerp_(fake.mean().float(), 1 - self.decay)
+            self.real.lerp_(real, 1 - self.decay)
+            self.fake.lerp_(fake, 1 - self.decay)
         return loss
 
 
@@ -441,7 +442,7 @@ def train(args):
     perceptual = perceptual_network(config.perceptual, train_set, args.out, args.convnext,
                                     run.device)
     parallel = run.parallel(model)
-    optimizer = trainer.adamw(model.parameters(), training)
+    optimizer = trainer.adamw(model, training)
     ema = trainer.Ema(model, training.ema)
     run.start(model=model, ema=ema, optimizer=optimizer)  # loads them on --resume
     batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,

@@ -58,7 +58,7 @@ def training_step(config, device, batch, recompute=False):
         teacher = vqgan.VQGAN(c.vqgan).to(device, memory_format=torch.channels_last).eval()
         images = torch.rand(batch, 3, c.image_size, c.image_size, device=device)    # [B, 3, H, W]
         loss_fn = partial(tokenizer.Stage1Loss(model), images)
-    optimizer = trainer.adamw(model.parameters(), training)
+    optimizer = trainer.adamw(model, training)
 
     def step():
         optimizer.zero_grad()
@@ -139,8 +139,10 @@ def speed(args):
             print(f"{name:<26} does not fit. Try a smaller --batch_size")
             continue
         used = torch.cuda.max_memory_allocated() / 2 ** 30      # 0 without CUDA
-        macs = sum(n for part, n in work_of(config)[1].items() if part != "pixels")
-        share = 6 * macs * batch / seconds / peak       # forward and backward: 6 FLOP
+        # FLOP per multiply-add: 2 forward and 4 backward; the teacher, forward alone
+        flops = sum(n * {"pixels": 0, "teacher": 2}.get(part, 6)
+                    for part, n in work_of(config)[1].items())
+        share = flops * batch / seconds / peak
         print(f"{name:<26}{seconds:>9.3f}{batch / seconds:>10.2f}{used:>6.1f}{share:>9.0%}")
 
 
@@ -152,7 +154,8 @@ def count(*modules, trained=False):
 
 
 def work_of(config):
-    """(model on the meta device, {part: its multiply-adds for one image or sequence})."""
+    """(model on the meta device, {part: its multiply-adds for one image or sequence}); teacher: of
+    the VQGAN's codes that stage 1 predicts."""
     c, macs = config, {}
     with torch.device("meta"):
         if isinstance(c, generator.GeneratorConfig):
@@ -160,7 +163,9 @@ def work_of(config):
             work = {"forward": lambda labels: model(labels.expand(1, c.tokens), labels)}
         else:
             model, x = tokenizer.build(c), torch.empty(1, 3, c.image_size, c.image_size)
-            work = {"encode": model.latents, "decode": model.decoder, "pixels": model.decode_logits}
+            teacher, images = vqgan.VQGAN(c.vqgan), x
+            work = {"encode": model.latents, "decode": model.decoder,
+                    "pixels": model.decode_logits, "teacher": lambda _: teacher.latents(images)}
         for name, forward in work.items():
             with FlopCounterMode(display=False) as counter:
                 x = forward(x)      # what the part before has made
@@ -226,9 +231,10 @@ def memory_of(name, stage, batch):
             targets = torch.zeros(batch, c.vqgan.tokens, dtype=torch.int64)            # [B, G*G]
             loss = partial(tokenizer.Stage1Loss(model), images, targets)
         else:
+            model.pixel_codebook.requires_grad_(True)
             model.pixel_decoder.requires_grad_(True)
             others = [vqgan.ConvNeXtSmall(None), vqgan.Discriminator().requires_grad_(False)]
-            trained = count(model.decoder, model.pixel_decoder, others[1])
+            trained = count(model.decoder, model.pixel_codebook, model.pixel_decoder, others[1])
             loss_fn = tokenizer.Stage2Loss(model, others[0], tokenizer.STAGE2["full"])
             loss = partial(loss_fn, images, others[1])
         kept = kept_for_backward(loss)

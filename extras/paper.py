@@ -220,8 +220,12 @@ class Paper:
                                   ("NativeTok", 2.57, 5.23)):
             name = self.pair.get(model, "vqgan")
             models[model] = {**self.row(f"{name}_stage2", rfid), self.g: (self.samples(name), gfid)}
+        vqgan = self.load("vqgan").config
         return compare(models, [(self.g, "NativeTok", "TiTok"), (self.g, "NativeTok", "VQGAN"),
-                                (self.r, "NativeTok", "TiTok")])
+                                (self.r, "NativeTok", "TiTok")],
+                       [f"VQGAN: here stage 0's, {vqgan.tokens} tokens, {vqgan.codebook_size:,} "
+                        "codes; the paper's is LlamaGen's VQ-16, 256 tokens, 16,384 codes. Its "
+                        "generator turns by row and column (--rope 2d)."])
 
     def table3a(self):
         """Table 3a: kinds of attention, stage 1 alone, equal steps and parameters"""

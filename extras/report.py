@@ -75,7 +75,7 @@ def fd_classifier(dataset, path, device="cpu", steps=900, batch_size=128):
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in bar(range(steps), "FD-classifier"):
-        images, labels = (t.to(device) for t in next(batches))
+        images, labels = (trainer.to_device(x, torch.device(device)) for x in next(batches))
         logits = model(without_border(images, dataset.border))[1]           # [B, classes]
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
