@@ -49,7 +49,7 @@ class GeneratorConfig:
     temperature: float = 1.0        # sampling: of the softmax (AR), of the noise (MaskGIT)
     top_k: int = 0                  # sampling, AR: only the k likeliest codes; 0: all
     sampling_steps: int = 8         # sampling, MaskGIT: forward passes
-    softmax_temperature_annealing: bool = False     # sampling, MaskGIT: bold first, then careful
+    softmax_temperature_annealing: bool = False     # sampling, MaskGIT: logits / 1.3 .. 0.5 (TiTok)
 
     def __post_init__(self):
         if self.width % (4 * self.heads):   # 4: pairs of channels, in two halves for rope 2d

@@ -312,7 +312,7 @@ class MoCET(nn.Module):
         return torch.cat(z, dim=1)                                          # [B, L, d]
 
 
-# experts draw no random numbers, so there is no state to keep for the second time
+# an expert draws no random numbers: no state to put back
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -607,9 +607,9 @@ def train_stage2(args):
         decoders_wait = adversarial and step < weights.gan_start + weights.discriminator_first
         rate = trainer.cosine(step, training)
         trainer.set_lr(optimizer, 0.0 if decoders_wait else rate)       # AdamW's averages move
-        # the discriminator's warm-up and cosine begin where it starts
-        rate = trainer.cosine(max(0, step - weights.gan_start), gan_training)
-        trainer.set_lr(discriminator_optimizer, rate * weights.discriminator_rate)
+        gan_step = max(0, step - weights.gan_start)     # its own warm-up and cosine begin there
+        gan_rate = weights.discriminator_rate * trainer.cosine(gan_step, gan_training)
+        trainer.set_lr(discriminator_optimizer, gan_rate)
         optimizer.zero_grad()
         discriminator_optimizer.zero_grad()
         for images, _ in run.micro_batches(batches, loss_fn):               # [B, 3, H, W]

@@ -149,8 +149,8 @@ def choose_device(asked=None):
         torch.cuda.set_device(name)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.enable_cudnn_sdp(False)     # plans anew for each length: L experts
-        if "PYTORCH_ALLOC_CONF" not in os.environ:      # less of the memory lies in unusable pieces
+        torch.backends.cuda.enable_cudnn_sdp(False)     # it plans once per length: L experts
+        if "PYTORCH_ALLOC_CONF" not in os.environ:      # fewer unusable pieces of memory
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return torch.device(name)
 
