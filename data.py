@@ -175,7 +175,7 @@ class Folder(Images):
             share = [zlib.crc32(os.fsencode(file)) / 2 ** 32 for _, file, *_ in files]
             limit = max(HELD_OUT, [0, *heapq.nsmallest(2, share)][-1])      # at least two files
             files = [file for file, s in zip(files, share) if (s <= limit) == (split == "val")]
-            self.note = f", {HELD_OUT:.0%} of the folder held out as val{left_out}"
+            self.note = f", {HELD_OUT:.0%} of the folder, at least 2, held out as val{left_out}"
         if len(files) < (2 if split == "val" else 1):       # a score's covariance needs two
             count = len(files) or "no"
             raise BadInput(f"{self.root}: {count} images for {split}: too few{left_out}")

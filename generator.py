@@ -66,7 +66,8 @@ def fields_of(mode):
     """The fields that this mode uses: the comments of the others begin with another mode."""
     others = {"ar", "maskgit"} - {mode}
     return [name for name, text in trainer.comments_of(GeneratorConfig).items()
-            if re.match(r"(?:sampling, )?(\w+)", text.lower())[1] not in others]
+            if re.match(r"(?:sampling, )?(\w+)", text.lower())[1] not in others
+            and "read off" not in text]
 
 
 SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps")
@@ -454,13 +455,11 @@ def train(args, config, training, tokenizer_path):
     room = 1.1 if config.views == 10 else 1  # for ten crops
     size = int(room * tokenizer.config.image_size)
     dataset = data.open_dataset(args.data, "train", size, draft=True)
-    found = {"tokens": tokenizer.config.tokens, "codebook_size": tokenizer.config.codebook_size,
-             "num_classes": len(dataset.classes)}
-    for flag, value in found.items():
-        if getattr(args, flag, value) != value:
-            source = args.data if flag == "num_classes" else tokenizer_path
-            raise BadInput(f"--{flag} {getattr(args, flag)}: {source} has {value}. Leave it out")
-    config = replace(config, **found)
+    tokens, codebook_size = tokenizer.config.tokens, tokenizer.config.codebook_size
+    if getattr(args, "tokens", tokens) != tokens:
+        raise BadInput(f"--tokens {args.tokens}: {tokenizer_path} has {tokens}. Leave it out")
+    config = replace(config, tokens=tokens, codebook_size=codebook_size,
+                     num_classes=len(dataset.classes))
     name, fingerprint = codes_name(tokenizer_path), codes_fingerprint(tokenizer)
     counts = np.bincount(dataset.labels, minlength=config.num_classes).tolist()
     run = trainer.Run(args, config.mode, f"{config.mode}_{name}", config, training, dataset,
