@@ -31,9 +31,8 @@ from trainer import ArgumentParser, BadInput, first_line, launch, write_atomical
 
 @functools.cache
 def say(line):
-    """Print a line, once and from rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+    """Print a line, once. Each rank does: it reads its own share of the images."""
+    print(line, flush=True)
 
 
 def hash_of(*parts):
@@ -222,7 +221,7 @@ def list_images(folder, by_class=True):
                 file = f"{inside}/{name}".removeprefix("./")
                 found.append((inside.split("/")[0], file, stat.st_size, stat.st_mtime_ns))
             elif name[0] != ".":
-                left_out[Path(name).suffix or name] += 1
+                left_out[Path(name).suffix.lower() or "without an ending"] += 1
     files = [file for file in found if file[0] != "." or not by_class]
     if empty := sorted(empty - {name for name, *_ in found}):
         left_out[f"folders without images ({', '.join(empty)[:100]})"] = len(empty)
@@ -230,7 +229,7 @@ def list_images(folder, by_class=True):
         left_out["images beside the folders of classes"] = len(found) - len(files)
     words = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
     return (sorted(files or [("images", *file[1:]) for file in found]),
-            f", left out: {words}" if words else "")
+            f", left out: {words[:300]}" if words else "")
 
 
 def decode_image(path, image_size, draft=False):
@@ -321,7 +320,7 @@ class Reader:
 
     def __getitem__(self, rows):
         rngs = [None] * len(rows[0])
-        if self.seed is not None:       # training: random views, of (seed, epoch, index) alone
+        if self.seed is not None and not self.dataset.in_memory:    # of (seed, epoch, index) alone
             rngs = [np.random.default_rng([self.seed % 2 ** 32, *row]) for row in zip(*rows)]
         return self.dataset.get_many(rows[1], rngs), self.dataset.labels[rows[1]]
 

@@ -63,7 +63,7 @@ class GeneratorConfig:
 
 
 def fields_of(mode):
-    """The fields that this mode uses: the comments of the others begin with another mode."""
+    """The fields that are flags in this mode: the comments of others name another mode first."""
     others = {"ar", "maskgit"} - {mode}
     return [name for name, text in trainer.comments_of(GeneratorConfig).items()
             if re.match(r"(?:sampling, )?(\w+)", text.lower())[1] not in others
