@@ -12,10 +12,12 @@ import colorsys
 import functools
 import gzip
 import hashlib
+import heapq
 import itertools
 import os
 import signal
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +31,8 @@ from trainer import ArgumentParser, BadInput, first_line, launch, write_atomical
 
 @functools.cache
 def say(line):
-    """Print a line, once and from rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+    """Print a line, once. Each rank does: it reads its own share of the images."""
+    print(line, flush=True)
 
 
 def hash_of(*parts):
@@ -140,36 +141,46 @@ class Shapes(Images):
 
 # ---- Any folder of images
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")     # no EPS: it runs programs
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF")     # no EPS: runs programs
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 HELD_OUT = 0.05         # share that becomes `val` where the folder has none
 TRIES = 20              # broken files in a row
 
 
 class Folder(Images):
-    """`train/<class>/*` and `val/<class>/*`; or `<class>/*` or bare images (one class), split by a
-    hash of each file's name. The next of its class replaces a broken file."""
+    """`train/<class>/*` and `val/<class>/*`, or other names in SPLITS, in any case; or `<class>/*`
+    or bare images (one class), split by a hash of each file's name. The note tells what is left
+    out. In training (draft or random views) the next of its class replaces a broken file."""
 
     def __init__(self, folder, split, image_size, augment=False, draft=False):
         self.name, self.split, self.image_size = str(folder), split, image_size
         self.augment, self.draft = augment, draft
-        inside = {p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."}
-        if {"train", "val"} <= inside:
-            self.root, (self.classes, files) = folder / split, list_images(folder / "train")
-            if split == "val":
-                files = list_images(self.root)[1]
-        elif inside and inside <= {"train", "val", "valid", "validation", "test"}:
+        top = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+        inside = {path.name.lower(): path.name for path in top if path.is_dir()}
+        train, val = (next((inside[name] for name in names if name in inside), None)
+                      for names in SPLITS.values())
+        if train and val:
+            self.root = folder / {"train": train, "val": val}[split]
+            files, left_out = list_images(self.root)
+            self.classes = sorted({name for name, *_ in list_images(folder / train)[0]})
+            self.note = f", in {self.root.name}/" * (self.root.name != split) + left_out
+            if len(top) > 2:
+                self.note += f", of {folder} all but {train}/ and {val}/ left out"
+        elif inside and inside.keys() <= {name for names in SPLITS.values() for name in names}:
             raise BadInput(f"{folder}: needs both train/ and val/, or only folders of classes")
         else:
-            self.root, (self.classes, files) = folder, list_images(folder)
+            self.root, (files, left_out) = folder, list_images(folder)
+            self.classes = sorted({name for name, *_ in files})
             share = [zlib.crc32(os.fsencode(file)) / 2 ** 32 for _, file, *_ in files]
-            limit = max(HELD_OUT, min(share, default=0))        # at least one file
+            limit = max(HELD_OUT, [0, *heapq.nsmallest(2, share)][-1])      # at least two files
             files = [file for file, s in zip(files, share) if (s <= limit) == (split == "val")]
-            self.note = f", {HELD_OUT:.0%} of the folder held out as val"
-        if not files:
-            raise BadInput(f"{self.root}: no images for {split} that end in {' '.join(ENDINGS)}")
+            self.note = f", {HELD_OUT:.0%} of the folder, at least 2, held out as val{left_out}"
+        if len(files) < (2 if split == "val" else 1):       # a score's covariance needs two
+            count = len(files) or "no"
+            raise BadInput(f"{self.root}: {count} images for {split}: too few{left_out}")
         if unknown := {name for name, *_ in files} - set(self.classes):
-            raise BadInput(f"{self.root}: class {min(unknown)} is not in train/")
+            raise BadInput(f"{self.root}: class {min(unknown)} is not in {train}/. Sort the images "
+                           f"into the same folders of classes as there")
         self.files = [file for _, file, *_ in files]    # relative to root, by class and name
         self.labels = np.searchsorted(self.classes, [name for name, *_ in files])       # int64 [n]
         self.content = hash_of("folder", split, image_size, [file[:3] for file in files])
@@ -183,24 +194,42 @@ class Folder(Images):
                 image = decode_image(file, self.image_size, self.draft)
                 return square(image, self.image_size, rng if self.augment else None)
             except Exception as error:      # Pillow raises a dozen kinds
+                if not (self.draft or rng):
+                    raise BadInput(f"{file}: cannot be read, so not scored ({first_line(error)}). "
+                                   f"Remove it, or put it right") from error
                 say(f"{file}: cannot be read, left out ({first_line(error)})")
         raise BadInput(f"{file}: cannot be read, nor those tried before it")
 
 
-def list_images(folder):
-    """(classes, [(class, relative name, size, time of change in ns)]), both sorted. Without class
-    folders there is one class, `images`."""
-    found = []
+def list_images(folder, by_class=True):
+    """([(class, relative name, size, time of change in ns)], sorted; what is left out, in words).
+    by_class: without those beside folders of classes; where there are none, of class `images`."""
+    found, left_out, visited = [], Counter(), set()
+    ends = tuple(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
     for root, inner, names in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if name[0] != "."]       # thumbnails
         inside = Path(root).relative_to(folder).as_posix()          # "." at the top
+        if (real := os.path.realpath(root)) in visited:     # or a link in a circle would not end
+            left_out["folders by a second link"] += 1
+            inner[:] = names = []
+        visited.add(real)
+        inner[:] = sorted(name for name in inner if name[0] != ".")     # thumbnails
+        if inside == ".":
+            empty = set(inner)
         for name in names:
-            if name.lower().endswith(ENDINGS) and name[0] != ".":
+            if name.lower().endswith(ends) and name[0] != ".":
                 stat = os.stat(os.path.join(root, name))
                 file = f"{inside}/{name}".removeprefix("./")
                 found.append((inside.split("/")[0], file, stat.st_size, stat.st_mtime_ns))
-    files = [file for file in found if file[0] != "."] or [("images", *file[1:]) for file in found]
-    return sorted({name for name, *_ in files}), sorted(files)
+            elif name[0] != ".":
+                left_out[Path(name).suffix.lower() or "without an ending"] += 1
+    files = [file for file in found if file[0] != "." or not by_class]
+    if empty := sorted(empty - {name for name, *_ in found}):
+        left_out[f"folders without images ({', '.join(empty)[:100]})"] = len(empty)
+    if files and len(files) < len(found):
+        left_out["images beside the folders of classes"] = len(found) - len(files)
+    words = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
+    return (sorted(files or [("images", *file[1:]) for file in found]),
+            f", left out: {words[:300]}" if words else "")
 
 
 def decode_image(path, image_size, draft=False):
@@ -209,11 +238,20 @@ def decode_image(path, image_size, draft=False):
     not quite the same pixels, so not for scores."""
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        stored = image.tile[0][3] if image.format in ("PNG", "TIFF") else ""
+        if image.mode in ("F", "I") and image.format != "PNG" or "I;12" in stored:
+            raise ValueError("the range of its pixels is not known; 8 or 16 bits are read")
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(stored)
+        if scale and "transparency" in image.info:      # Pillow scales the pixels only
+            clear = np.multiply(image.info["transparency"], scale).astype(int)
+            image.info["transparency"] = clear.tolist()
         if draft:
             image.draft(None, (2 * image_size, 2 * image_size))
         image = ImageOps.exif_transpose(image)
         if image.mode[0] == "I":        # 16 bits: Pillow would clip
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            pixels = np.asarray(image)
+            pixels = np.where(pixels == image.info.get("transparency", -1), 65535, pixels)
+            image = Image.fromarray((pixels / 257).round().astype(np.uint8))
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -282,7 +320,7 @@ class Reader:
 
     def __getitem__(self, rows):
         rngs = [None] * len(rows[0])
-        if self.dataset.augment and self.seed is not None:      # of (seed, epoch, index) alone
+        if self.seed is not None and not self.dataset.in_memory:    # of (seed, epoch, index) alone
             rngs = [np.random.default_rng([self.seed % 2 ** 32, *row]) for row in zip(*rows)]
         return self.dataset.get_many(rows[1], rngs), self.dataset.labels[rows[1]]
 

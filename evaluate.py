@@ -14,7 +14,8 @@ codebook. Images are float32 [B, 3, H, W] in [0, 1], pictures the same in bytes.
 import json
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from tqdm import tqdm
 
 import data
 import trainer
-from generator import load_pair, open_tokenizer, sample_codes
+from generator import (NO_FLAGS, SAMPLING, GeneratorConfig, load_pair, open_tokenizer,
+                       sample_codes)
 from trainer import BadInput, first_line
 
 BATCH = 100         # images at once, and samples that are drawn by one random generator
@@ -223,10 +225,8 @@ class InceptionFID(nn.Module):
             width = getattr(self, name).width       # 256, 288, 288, 768 x 5, 1280, 2048, 2048
         self.fc = nn.Linear(2048, 1008)
         try:
-            state = path_or_state_dict
-            if not isinstance(state, dict):
-                state = torch.load(state, map_location="cpu", weights_only=True)
-            self.load_state_dict(dict(state))       # as a dict num_batches_tracked may be missing
+            # num_batches_tracked may be missing
+            self.load_state_dict(trainer.read_weights(path_or_state_dict))
         except Exception as error:
             raise BadInput(f"Inception weights: {first_line(error)}. Get pytorch-fid's "
                            f"{WEIGHTS.name}: --inception FILE") from error
@@ -266,7 +266,7 @@ class Pictures:
 
 
 def to_uint8(images, rounding="round"):
-    """Images -> pictures. rounding: "round", or "truncate" as TiTok's evaluator does."""
+    """Images -> pictures. rounding: "round", or "truncate" as TiTok does with its samples."""
     if not images.isfinite().all():
         raise BadInput("images with NaN or infinite values cannot be scored")
     scaled = images.float().clamp(0, 1) * 255
@@ -286,8 +286,10 @@ def npz_pictures(path):
     if {"mu", "sigma"} <= found.keys():
         name += ", for FID the statistics in it"
         statistics["pool"] = np.float64(found["mu"]), np.float64(found["sigma"])
-        if [x.shape for x in statistics["pool"]] != [(FEATURES,), (FEATURES, FEATURES)]:
-            raise BadInput(f"{path}: mu is {found['mu'].shape}, not of FID's {FEATURES:,} features")
+        shapes = [x.shape for x in statistics["pool"] if np.isfinite(x).all()]
+        if shapes != [(FEATURES,), (FEATURES, FEATURES)]:
+            raise BadInput(f"{path}: mu is {found['mu'].shape}: not FID's {FEATURES:,} features, "
+                           f"or not finite")
     return Pictures(name, len(rows), rows.shape[1:3], lambda start, stop: torch.from_numpy(
         rows[start:stop]).permute(0, 3, 1, 2), statistics)
 
@@ -297,7 +299,8 @@ def open_pictures(path, size=None):
     square, resized. Raises BadInput for one that cannot be read."""
     if not Path(path).is_dir():
         return npz_pictures(path)
-    files = [Path(path) / name for _, name, *_ in data.list_images(path)[1]]
+    found, left_out = data.list_images(path, by_class=False)
+    files = [Path(path) / name for _, name, *_ in found]
 
     def picture(file):                                                      # uint8 [3, H, W]
         try:
@@ -315,7 +318,7 @@ def open_pictures(path, size=None):
                 raise BadInput(f"{file}: not {shape[1:]} pixels as the others. Use --size N")
         return torch.from_numpy(np.stack(images))
 
-    name = f"{len(files):,} images of {path}"
+    name = f"{len(files):,} images of {path}{left_out}"
     name += f", middle square resized to {size}" if size else ""
     return Pictures(name, len(files), shape[1:], read,
                     files=frozenset(str(file.resolve()) for file in files))
@@ -332,25 +335,31 @@ def dataset_pictures(dataset, limit, rounding, tokenizer=None, **how):
             images = tokenizer.decode_codes(codes, **how).cpu()
         return to_uint8(images, rounding)
 
-    name = f"{len(indices):,} images of {dataset.name} {dataset.split}"
+    name = f"{len(indices):,} images of {dataset.name} {dataset.split}{dataset.note}"
     if tokenizer:
-        name = f"reconstructions of {name} by {tokenizer.path}"
+        decode = ", argmax" if how.get("hard") else ""
+        name = f"by {tokenizer.path}{decode}, reconstructions of {name}"
     return Pictures(name, len(indices), (dataset.image_size,) * 2, read)
 
 
-def samples(generator, tokenizer, count, seed, rounding):
-    """Classes in turn. A batch is seeded by (seed, start): the same on any number of ranks."""
-    c, device = generator.config, next(tokenizer.parameters()).device
+def samples(generator, tokenizer, count, seed, rounding, **changes):
+    """Classes drawn as often as in the training data. A batch is seeded by (seed, start): the same
+    on any number of ranks. changes: of the generator's config."""
+    c, device = replace(generator.config, **changes), next(tokenizer.parameters()).device
+    shares = np.divide(generator.class_counts, sum(generator.class_counts))             # [classes]
 
     def read(start, stop):
-        labels = torch.arange(start, stop) % c.num_classes
-        codes = sample_codes(generator, labels, seed * 10 ** 9 + start)     # [B, L]
-        return to_uint8(tokenizer.decode_codes(codes.to(device)).cpu(), rounding)
+        labels = np.random.default_rng([seed, start]).choice(len(shares), stop - start, p=shares)
+        codes = sample_codes(generator, torch.from_numpy(labels), seed * 10 ** 9 + start, **changes)
+        return to_uint8(tokenizer.decode_codes(codes.to(device)).cpu(), rounding)   # codes [B, L]
 
-    how = f"top_k {c.top_k}" if c.mode == "ar" else f"{c.guidance}, {c.sampling_steps} steps"
+    used = [name for name in SAMPLING if name not in NO_FLAGS[c.mode]]
+    if unused := changes.keys() - used:
+        raise BadInput(f"--{min(unused)}: the generator is of mode {c.mode}, without it")
+    how = ", ".join(f"{name} {getattr(c, name)}" for name in used)
     return Pictures(
-        f"{count:,} samples, {c.num_classes} classes in turn, seed {seed}, guidance "
-        f"{c.guidance_scale:g}, temperature {c.temperature:g}, {how}, decoded by {tokenizer.path}",
+        f"{count:,} samples, {len(shares)} classes at random ({min(shares):.2%} to "
+        f"{max(shares):.2%} each), seed {seed}, {how}, decoded by {tokenizer.path}",
         count, (tokenizer.config.image_size,) * 2, read)
 
 
@@ -418,20 +427,25 @@ def compare(real, fake):
 # ---- Command line
 
 def open_both(args):
-    """(reference, what is scored) of the command."""
+    """(reference, [what is scored]) of the command."""
     if args.command == "fid":
-        return [open_pictures(path, args.size) for path in (args.reference, args.pictures)]
+        return open_pictures(args.reference, args.size), [open_pictures(args.pictures, args.size)]
     if args.command == "rfid":
         tokenizer = open_tokenizer(args.tokenizer, args.device)
         dataset = data.open_dataset(args.data, "val", tokenizer.config.image_size)
-        return [dataset_pictures(dataset, args.images, args.rounding, model)
-                for model in (None, tokenizer)]
+        pictures = partial(dataset_pictures, dataset, args.images, args.rounding)
+        # after stage 1 first the likeliest codes, as in Table 5; then as stage 2 decodes
+        decodes = [{}] if getattr(tokenizer, "fine_tuned", True) else [{"hard": True}, {}]
+        return pictures(), [pictures(tokenizer, **how) for how in decodes]
     generator, tokenizer = load_pair(args.generator, args.tokenizer, args.device)
-    fake = samples(generator, tokenizer, args.samples, args.seed, args.rounding)
+    changes = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
+    fake = samples(generator, tokenizer, args.samples, args.seed, args.rounding, **changes)
     if args.reference:
-        return open_pictures(args.reference, args.size), fake
-    dataset = data.open_dataset(args.data, "train", tokenizer.config.image_size)
-    return dataset_pictures(dataset, args.images, args.rounding), fake
+        return open_pictures(args.reference, args.size), [fake]
+    dataset = data.open_dataset(args.data, "train", args.size or tokenizer.config.image_size)
+    if list(dataset.classes) != generator.classes:
+        raise BadInput(f"{args.generator}: trained on other classes than --data {args.data}'s")
+    return dataset_pictures(dataset, args.images, args.rounding), [fake]
 
 
 def main():
@@ -444,17 +458,21 @@ def main():
     fid.add_argument("pictures", metavar="B", help="what is scored, as A")
     rfid.add_argument("tokenizer", help="a checkpoint")
     gfid.add_argument("generator", help="a checkpoint")
-    gfid.add_argument("--reference", metavar="PATH", help="folder or .npz; default: --data's train")
+    either = gfid.add_mutually_exclusive_group()
+    either.add_argument("--reference", metavar="PATH",
+                        help="folder or .npz; default: --data's train")
     gfid.add_argument("--tokenizer", metavar="FILE", help="default: the one it was trained on")
     gfid.add_argument("--samples", type=int, default=50_000)
     gfid.add_argument("--seed", type=int, default=0, help="of the samples")
+    trainer.add_fields(gfid, GeneratorConfig, SAMPLING)
+    for command in (rfid, either):
+        command.add_argument("--images", type=int, help="images of the data; default: all")
     for command in (rfid, gfid):
         command.add_argument("--data", help="as in training")
-        command.add_argument("--images", type=int, help="images of the data; default: all")
         command.add_argument("--rounding", choices=("round", "truncate"), default="round",
-                             help="truncate: as TiTok's evaluator")
+                             help="truncate: as TiTok's samples")
     for command in (fid, gfid):
-        command.add_argument("--size", type=int, help="take files' middle square, resized to this")
+        command.add_argument("--size", type=int, help="take images' middle square, resized to this")
     for command in (fid, rfid, gfid):
         command.add_argument("--inception", metavar="FILE", help=f"default: {WEIGHTS}")
         command.add_argument("--json", metavar="FILE", help="for scores and protocol")
@@ -462,8 +480,8 @@ def main():
         command.add_argument("--device", help="cpu or cuda; default: cuda if present")
     args = trainer.parse(parser)
     rank, _ = trainer.setup_ranks(args.device)
-    real, fake = open_both(args)
-    protocol = [f"reference: {real.name}", f"scored: {fake.name}"]
+    real, fakes = open_both(args)
+    fake, protocol = fakes[0], []
     if args.command != "fid":
         protocol.append(f"rounding to bytes: {args.rounding}")
     if args.save:
@@ -476,14 +494,18 @@ def main():
     if real.count or fake.count:
         inception = InceptionFID(args.inception or WEIGHTS).to(args.device)
         protocol.append(f"network: Inception of 2015, weights {inception.fingerprint}, float32")
-        for pictures in (real, fake):
+        for pictures in (real, *fakes):
             if pictures.count:
                 pictures.features = features_of(pictures, inception, args.device)
     if rank:
         return
-    scores, notes = compare(real, fake)
-    values = [f"{name:<42} {value:.4f}" for name, value in scores.items()]
-    print(*values, *protocol, *notes, sep="\n")
+    results = []
+    for pictures in fakes:
+        scores, notes = compare(real, pictures)
+        values = [f"{name:<42} {value:.4f}" for name, value in scores.items()]
+        notes = [f"reference: {real.name}", f"scored: {pictures.name}", *protocol, *notes]
+        print(*values, *notes, "", sep="\n")
+        results.append({"scores": scores, "protocol": notes})
     if args.save:
         def write(path):
             with open(path, "wb") as file:
@@ -491,7 +513,7 @@ def main():
         trainer.write_atomically(args.save, write)
         raw.unlink()
     if args.json:
-        text = json.dumps({"scores": scores, "protocol": protocol + notes}, indent=1)
+        text = json.dumps(results[0] | {"others": results[1:]}, indent=1)
         trainer.write_atomically(args.json, lambda path: path.write_text(text + "\n"))
 
 

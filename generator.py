@@ -12,8 +12,11 @@ Letters: B batch, H W pixels, L tokens, K codes in the codebook, D width, h head
 sequence, n images of a set. With guidance, R = 2B sequences: with their class, then without.
 """
 import math
-from dataclasses import dataclass, replace
+import re
+import sys
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +65,10 @@ class GeneratorConfig:
 
 SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps",
             "softmax_temperature_annealing")
+NO_FLAGS = {     # in this mode: what the other one uses, and what is read off tokenizer and data
+    "ar": {"label_smoothing", "unmasked_weight", "guidance", "sampling_steps", "codebook_size",
+           "softmax_temperature_annealing", "num_classes"},
+    "maskgit": {"dropout", "rope", "top_k", "codebook_size", "num_classes"}}
 # TiTok's 8 steps, as the paper's Table 2; of its settings the paper gives only the 8
 UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, guidance_scale=5.5,
                          softmax_temperature_annealing=True)
@@ -451,18 +458,17 @@ def train(args, config, training, tokenizer_path):
     room = 1.1 if config.views == 10 else 1  # for ten crops
     size = int(room * tokenizer.config.image_size)
     dataset = data.open_dataset(args.data, "train", size, draft=True)
-    found = {"tokens": tokenizer.config.tokens, "codebook_size": tokenizer.config.codebook_size,
-             "num_classes": len(dataset.classes)}
-    for flag, value in found.items():
-        if getattr(args, flag, value) != value:
-            source = args.data if flag == "num_classes" else tokenizer_path
-            raise BadInput(f"--{flag} {getattr(args, flag)}: {source} has {value}. Leave it out")
-    config = replace(config, **found)
+    tokens, codebook_size = tokenizer.config.tokens, tokenizer.config.codebook_size
+    if getattr(args, "tokens", tokens) != tokens:
+        raise BadInput(f"--tokens {args.tokens}: {tokenizer_path} has {tokens}. Leave it out")
+    config = replace(config, tokens=tokens, codebook_size=codebook_size,
+                     num_classes=len(dataset.classes))
     name, fingerprint = codes_name(tokenizer_path), codes_fingerprint(tokenizer)
+    counts = np.bincount(dataset.labels, minlength=config.num_classes).tolist()
     run = trainer.Run(args, config.mode, f"{config.mode}_{name}", config, training, dataset,
                       may_differ=SAMPLING, tokenizer=fingerprint,
                       store={"classes": list(dataset.classes), "tokenizer": str(tokenizer_path),
-                             "tokenizer_fingerprint": fingerprint})
+                             "tokenizer_fingerprint": fingerprint, "class_counts": counts})
     if training.compile:
         trainer.compile_methods(LlamaBlock if config.mode == "ar" else UViTBlock, "forward")
     model = GENERATORS[config.mode](config).to(run.device)
@@ -497,11 +503,12 @@ def train(args, config, training, tokenizer_path):
 # ---- Pictures
 
 def load_generator(path, device="cpu"):
-    """A trained generator (EMA weights, eval mode) with .classes (names), .tokenizer_path and
-    .tokenizer_fingerprint."""
+    """A trained generator (EMA weights, eval mode) with .classes (names), .class_counts (of the
+    training images), .tokenizer_path and .tokenizer_fingerprint."""
     checkpoint = trainer.load_checkpoint(path, tuple(GENERATORS), "python generator.py")
     model = trainer.load_model(GENERATORS[checkpoint["stage"]], GeneratorConfig, checkpoint, path)
     model.classes, model.tokenizer_path = checkpoint["classes"], checkpoint["tokenizer"]
+    model.class_counts = checkpoint.get("class_counts", [1] * len(model.classes))
     model.tokenizer_fingerprint = checkpoint["tokenizer_fingerprint"]
     return model.to(device)
 
@@ -556,35 +563,53 @@ def find_classes(text, names):
 
 
 def sample_pictures(args, tokenizer_path, path):
-    """--sample: new images in one grid, or with --separate as files in a folder."""
+    """--sample: new images in one grid, or with --separate as files in a folder, written as they
+    come."""
     model, tokenizer = load_pair(path, tokenizer_path, args.device)
     changes = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
     output = Path(args.output or args.out / f"{path.stem}_samples{'' if args.separate else '.png'}")
     if (args.separate or args.output) and output.exists() and not args.overwrite:
-        raise BadInput(f"{output}: exists. Choose another --output, or add to it with --overwrite")
+        raise BadInput(f"{output}: exists. Choose another --output, or replace its samples with "
+                       f"--overwrite")
     names, count = model.classes, args.sample
     wanted = find_classes(args.classes, names) if args.classes else range(len(names))
     labels = torch.tensor([wanted[i * len(wanted) // count] for i in range(count)])     # [n]
-    images = decode(tokenizer, sample_codes(model, labels, args.seed, **changes))
+    batches = (decode(tokenizer, sample_codes(model, batch, args.seed + 10 ** 9 * i, **changes))
+               for i, batch in enumerate(labels.split(500)))    # [500, 3, H, W] each
     if args.separate:
-        for i, label in enumerate(labels):
-            file = output / f"{i:05}_{names[label].replace('/', '-')}.png"
-            data.save_picture(data.picture_grid(images[i:i + 1], 1), file)
+        names = [name.replace("/", "-") for name in names]
+        for file in output.glob("*_*.png"):     # of an earlier --sample, and no other files
+            number, _, name = file.stem.partition("_")
+            if number.isdigit() and len(number) >= 5 and name in names:
+                file.unlink()
+        for i, image in enumerate(chain.from_iterable(batches)):
+            file = output / f"{i:05}_{names[labels[i]]}.png"
+            data.save_picture(data.picture_grid(image[None], 1), file)
     else:
-        save_grid(images, output)
+        save_grid(torch.cat([*batches]), output)
     print(f"{output}: {count} samples")
 
 
 def main():
-    parser = trainer.command_line(__doc__, GeneratorConfig, TrainConfig)
-    parser.add_argument("--tokenizer", metavar="FILE", help="default: that of --tokens in --out")
-    parser.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME",
-                        help="default <mode>_<config>; also llamagen_l")
-    add = parser.add_argument_group("pictures instead of training").add_argument
-    add("--sample", type=int, metavar="N", help="write N new images and stop")
-    add("--classes", help="names or numbers, such as 3,bag; default: all")
-    add("--separate", action="store_true", help="files in a folder, not a grid")
-    add("--output", metavar="PATH", help="a .png, or with --separate a folder")
+    words = " ".join(sys.argv)      # each mode has its own flags, and so has --sample
+    mode = re.findall(r"--mode[ =](\w+)", words) or [
+        PRESETS[name].mode for name in re.findall(r"--preset[ =](\w+)", words) if name in PRESETS]
+    unused = NO_FLAGS["maskgit" if mode and mode[-1] == "maskgit" else "ar"]
+    names = {field.name for field in fields(GeneratorConfig)} - unused
+    sampling = re.search(r"--sample\b", words)
+    parser = trainer.command_line(__doc__, *[] if sampling else [TrainConfig])
+    add = parser.add_argument
+    add("--tokenizer", metavar="FILE", help="default: that of --tokens in --out")
+    add("--preset", choices=tuple(PRESETS), metavar="NAME",
+        help="default <mode>_<config>; also llamagen_l")
+    add("--sample", type=int, metavar="N", help="write N new images and stop; see --sample 1 -h")
+    if sampling:
+        names &= {"mode", "tokens", *SAMPLING}
+        add("--classes", help="names or numbers, such as 3,bag; default: all")
+        add("--separate", action="store_true", help="files in a folder, not a grid")
+        add("--output", metavar="PATH", help="a .png, or with --separate a folder")
+    trainer.add_fields(parser.add_argument_group("Of this --mode, defaults by --preset"),
+                       GeneratorConfig, names)
     args = trainer.parse(parser)
     preset = args.preset or f"{getattr(args, 'mode', 'ar')}_{args.config}"
     config = trainer.override(PRESETS[preset], args)

@@ -6,6 +6,7 @@ once, a few steps per stage, on `shapes`, so that nothing is downloaded. By hand
     KILLS=100 python -m pytest -q -s test_all.py -k killed      SIGKILL, 100 times per stage
     SAMPLES=20000 python -m pytest -q test_all.py -k titok_samples      as many as the official ones
 """
+import argparse
 import contextlib
 import copy
 import functools
@@ -20,6 +21,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -617,14 +619,23 @@ def test_weights_are_read_from_every_kind_of_file(tmp_path):
     state = {"a.weight": torch.randn(3, 2), "a.bias": torch.randn(3)}
     save_file(state, tmp_path / "x.safetensors")
     torch.save(state, tmp_path / "x.pt")
-    torch.save({"model": state, "steps": 5}, tmp_path / "nested.pt")
+    wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}     # DDP, compile
+    torch.save({"model": wrapped, "args": argparse.Namespace(steps=5)}, tmp_path / "nested.pt")
     for path in tmp_path.iterdir():
-        assert equal(pretrained.read_weights(path), state), path
+        assert equal(trainer.read_weights(path), state), path
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({**state, "a.bias": torch.tensor([0.0, math.nan])}, tmp_path / "nan.pt")
-    for name in ("list.pt", "nan.pt", "none.pt", "none.safetensors"):
-        with pytest.raises(BadInput, match=f"{name}: cannot be read as weights"):
-            pretrained.read_weights(tmp_path / name)
+    torch.save({**state, "path": tmp_path}, tmp_path / "class.pt")
+    for name, says in (("list.pt", ""), ("nan.pt", "a.bias has numbers that are not finite"),
+                       ("class.pt", "it holds a pathlib.PosixPath.*weights alone"),
+                       ("none.pt", ""), ("none.safetensors", "")):
+        file = tmp_path / name
+        with pytest.raises(BadInput, match=f"{name}: cannot be read as LlamaGen .*{says}"):
+            pretrained.load_llamagen(file, 4, "1d")
+        with torch.device("meta"), pytest.raises(BadInput, match=f"{name}: not torch.*{says}"):
+            ConvNeXtSmall(file)
+    with torch.device("meta"), pytest.raises(BadInput, match="a.bias has numbers that are not"):
+        evaluate.InceptionFID(tmp_path / "nan.pt")
 
 
 def test_the_public_vqgan_becomes_a_checkpoint_of_stage_0(tmp_path, monkeypatch):
@@ -969,13 +980,15 @@ def test_help_has_every_field_and_fits_on_a_screen():
     for command in ("vqgan.py", "tokenizer.py", "tokenizer.py --stage 2", "hnt.py", "generator.py"):
         text = run(f"python {command} -h")
         assert all(f"--{field}" in text for field in trainer.TrainConfig.__dataclass_fields__)
+        assert "generator" not in command or all(
+            f"--{name}" in text for name in ("layers", "rope", "temperature", "top_k"))
         assert len(text.splitlines()) <= (60 if "generator" in command else 50)
         assert ("--expert_width" in text) == (command == "tokenizer.py")
 
 
 # ---- What users do wrong: one line, exit code 2, no traceback, nothing half-written
 
-def test_bad_flags(tmp_path):
+def test_bad_flags(tmp_path, monkeypatch):
     for command, words in {
             "tokenizer.py --token 16": ["--token", "-h"],
             "tokenizer.py --gan_weight 1": ["--gan_weight"],        # stage 2's
@@ -986,8 +999,20 @@ def test_bad_flags(tmp_path):
             "tokenizer.py --device cuda": ["--device cuda", "not present"],
             "tokenizer.py --device gpu": ["--device gpu", "cpu"],
             "vqgan.py --config toy --image_size 30": ["--image_size 30", "multiple of 4"],
-            "vqgan.py --config toy --micro_batch 0": ["--micro_batch 0"]}.items():
+            "vqgan.py --config toy --micro_batch 0": ["--micro_batch 0"],
+            "tokenizer.py --model titok --expert_width 8": ["--expert_width: TiTok has no experts"],
+            "generator.py --mode ar --guidance_scale nan": ["--guidance_scale", "finite", "nan"],
+            "generator.py --mode maskgit --top_k 0": ["--top_k 0"]}.items():
         refused(f"python {command} --out {tmp_path}", *words)
+    for script, *words, flag, value in map(str.split, (         # each mode has only its own
+            "generator --sampling_steps 2", "generator --guidance linear",
+            "generator --preset maskgit_toy --rope 1d", "generator --mode=maskgit --dropout 0",
+            "generator --classes bag", "generator --sample 4 --steps 5",
+            "generator --preset maskgit_toy --sample 4 --top_k 1",
+            "tokenizer --reconstruct a.png --steps 5")):
+        monkeypatch.setattr(sys, "argv", [script, *words, flag, value])
+        with pytest.raises(BadInput, match=f"unrecognized arguments: {flag} {value}"):
+            globals()[script].main()
     assert not list(tmp_path.iterdir())
 
 
@@ -1016,9 +1041,12 @@ def test_wrong_checkpoints(toy, tmp_path):
     size = load(out / "vqgan.pt")
     size["config"]["channels"] = 16
     torch.save(size, out / "size.pt")
+    nan = load(out / "vqgan.pt")
+    nan["ema"]["model"]["decoder.conv_out.bias"][1] = math.nan
+    torch.save(nan, out / "nan.pt")
     for name, words in {"cut": "cut short", "text": "not a checkpoint", "other": "not a checkpoint",
                         "absent": "not found", "nativetok_4": "stage 'tokenizer', wanted vqgan",
-                        "size": "another version or size"}.items():
+                        "size": "another version or size", "nan": "not finite"}.items():
         refused(f"python tokenizer.py {command} --vqgan {out}/{name}.pt", f"{name}.pt", words)
         says = f"{name}.pt: not torchvision's convnext_small"
         with torch.device("meta"), pytest.raises(BadInput, match=says):     # meta: no 50M numbers
@@ -1052,6 +1080,11 @@ def test_reconstruct_and_sample(toy, tmp_path):
     run(f"{sample} --sample 5 --separate --output {tmp_path}/files")
     assert len(list((tmp_path / "files").glob("*.png"))) == 5
     refused(f"{sample} --sample 5 --separate --output {tmp_path}/files", "exists", "--overwrite")
+    users = [tmp_path / "files" / name for name in ("20260101_120000.png", "1_star.png", "a.txt")]
+    for file in users:
+        file.touch()
+    run(f"{sample} --sample 3 --separate --output {tmp_path}/files --overwrite")
+    assert len(list((tmp_path / "files").iterdir())) == 3 + 3 and all(map(Path.exists, users))
     refused(f"{sample} --sample 5 --classes strr", "strr", "star")
     refused(f"python tokenizer.py --reconstruct {tmp_path}/no.png {shared}", "no.png")
     said = run(f"python data.py --data shapes --preview {tmp_path}/p.png --note {tmp_path}/note")
@@ -1059,6 +1092,20 @@ def test_reconstruct_and_sample(toy, tmp_path):
     assert (tmp_path / "note").read_text() == "shapes"
     assert Image.open(tmp_path / "p.png").size == (10 * 66 - 2, 10 * 66 - 2)
     refused("python data.py --data missing", "--data missing: no such folder")
+
+
+def test_samples_are_written_as_they_come(monkeypatch, tmp_path):
+    events, model = [], SimpleNamespace(classes=["bag/s"], config=AR)
+    monkeypatch.setattr(generator, "load_pair", lambda *_: (model, None))
+    monkeypatch.setattr(generator, "sample_codes", lambda model, labels, seed: labels)
+    monkeypatch.setattr(generator, "decode", lambda _, codes: (
+        events.append("decoded"), torch.zeros(len(codes), 3, 2, 2))[1])
+    monkeypatch.setattr(data, "save_picture", lambda _, path: events.append(path.name))
+    args = SimpleNamespace(sample=502, seed=0, device=CPU, out=tmp_path, separate=True, output=None,
+                           overwrite=False, classes=None)
+    generator.sample_pictures(args, None, tmp_path / "ar_x.pt")
+    assert [events.index("00499_bag-s.png"), events[501:]] == [
+        500, ["decoded", "00500_bag-s.png", "00501_bag-s.png"]]
 
 
 # ---- Data (data.py)
@@ -1189,6 +1236,20 @@ def test_every_mode_and_draft_show_the_same_picture(tmp_path):
     for mode in ("RGBA", "LA", "P"):                    # transparent becomes white
         clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0)).convert(mode)
         assert (saved("clear.png", clear) == 1).all()
+    for depth, colour, pixel in ((16, 0, b"\1\2"), (4, 0, b"\x55"), (16, 2, b"\1\2\xff\1\0\7")):
+        rows = b"".join(b"\0" + p * (4 if depth == 16 else 2) for p in (pixel, pixel[::-1]) * 2)
+        clear = pixel if depth == 16 else b"\0\5"              # transparent are rows 0 and 2
+        content = b"\x89PNG\r\n\x1a\n"
+        for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", 4, 4, depth, colour, 0, 0, 0)),
+                           (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            content += struct.pack(">I", len(body)) + kind + body
+            content += struct.pack(">I", zlib.crc32(kind + body))
+        (tmp_path / "clear.png").write_bytes(content)
+        assert np.asarray(data.decode_image(tmp_path / "clear.png", 4))[::2].min() == 255
+    for dtype in (np.float32, np.int32):                # white where 255 is, or 1, or its largest?
+        Image.fromarray(np.full((16, 16), 64, dtype)).save(tmp_path / "f.tif")
+        with pytest.raises(BadInput, match="f.tif: not a picture .*range of its pixels"):
+            data.read_image(tmp_path / "f.tif", 16)
     stripes = np.zeros((20, 60, 3), np.uint8)
     stripes[:, 20:40] = 255                             # the middle is what is shown
     assert saved("b.png", Image.fromarray(stripes)).mean() > 0.9
@@ -1211,17 +1272,27 @@ def test_folders_of_all_layouts(tmp_path, folder):
         picture(i, 8, 8).save(tmp_path / "bare" / f"{i}.PNG")
     train, val = opened("bare")
     assert len({*train.files, *val.files}) == len(train) + len(val) == 200 and 2 <= len(val) <= 25
-    assert train.classes == ["images"] and "5% of the folder held out" in train.note
+    assert train.classes == ["images"] and "5% of the folder, at least 2, held out" in train.note
     picture(0, 8, 8).save(tmp_path / "bare" / "new.png")        # moves no other file
     assert set(opened("bare")[0].files) - {"new.png"} == set(train.files)
 
-    for name in ("dog", "elk"):
+    for name in ("dog", "elk", "fox", "gnu"):
         (tmp_path / "classes" / name / "deeper").mkdir(parents=True)
-        picture(0).save(tmp_path / "classes" / name / "deeper" / "a.jpeg")
-    picture(0).save(tmp_path / "classes" / "beside.png")
+    for name in ("dog/deeper/a.jpeg", "dog/b.jpg", "elk/deeper/a.jpeg", "fox/a.jfif", "beside.png"):
+        picture(0).save(tmp_path / "classes" / name, "JPEG")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "c.avif").touch()
+    (tmp_path / "linked" / "d.heic").touch()
+    (tmp_path / "classes" / "dog" / "more").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked" / "circle").symlink_to(tmp_path / "classes" / "dog")
     train, val = opened("classes")
-    assert train.classes == val.classes == ["dog", "elk"] and (len(train), len(val)) == (1, 1)
-    assert {*train.files, *val.files} == {"dog/deeper/a.jpeg", "elk/deeper/a.jpeg"}
+    assert train.classes == val.classes == ["dog", "elk", "fox"]
+    assert (len(train), len(val)) == (3, 2)         # a score needs two
+    assert {*train.files, *val.files} == {"dog/b.jpg", "dog/deeper/a.jpeg", "dog/more/c.avif",
+                                          "elk/deeper/a.jpeg", "fox/a.jfif"}
+    assert train.note.endswith(
+        "held out as val, left out: 1 .heic, 1 folders by a second link, 1 folders without images "
+        "(gnu), 1 images beside the folders of classes")
 
     train, val = opened("pictures")
     assert train.classes == val.classes == ["ant", "bee", "cat"] and train.note == ""
@@ -1234,10 +1305,23 @@ def test_folders_of_all_layouts(tmp_path, folder):
     assert opened("pictures")[0].content == opened("copy")[0].content == train.content
     (again / "val" / "dog").mkdir()
     picture(5).save(again / "val" / "dog" / "0.png")
-    (folder / "val").rename(folder / "test")
+    for split, name in (("train", "Training"), ("val", "TEST")):
+        (folder / split).rename(folder / name)
+    (folder / "labels.csv").touch()
+    for part, other in zip(opened("pictures"), (train, val)):
+        assert (part.files, part.classes) == (other.files, other.classes)
+        assert "in T" in part.note and "all but Training/ and TEST/ left out" in part.note
+    flat = shutil.copytree(folder / "TEST", tmp_path / "flat" / "train").parent
+    shutil.copytree(tmp_path / "bare", flat / "val")
     (tmp_path / "empty").mkdir()
+    shutil.copytree(flat / "train" / "ant", tmp_path / "single" / "train")
+    shutil.copytree(flat / "train" / "ant", tmp_path / "single" / "val")
+    (tmp_path / "single" / "val" / "0.png").unlink()
+    shutil.rmtree(folder / "TEST")
     for name, line in (("copy", "dog"), ("pictures", "needs both train/ and val/"),
-                       ("empty", "no images.*jpeg"), ("missing", "no such folder")):
+                       ("flat", "class images is not in train/. Sort the images into"),
+                       ("single", "1 images for val: too few"),
+                       ("empty", "no images for train"), ("missing", "no such folder")):
         with pytest.raises(BadInput, match=f"{tmp_path / name}.*{line}"):
             opened(name)
 
@@ -1249,6 +1333,12 @@ def test_the_next_of_its_class_takes_the_place_of_a_broken_file(folder, capfd, w
     for file, content in zip(broken, (broken[0].read_bytes()[:60], b"", b"not a picture")):
         file.write_bytes(content)
     dataset = data.open_dataset(str(folder), "train", 8)
+    with pytest.raises(BadInput, match="ant/3.png: cannot be read, so not scored"):
+        list(data.all_images(dataset, 5))
+    next(data.batches(dataset, 24, seed=0))     # training goes on
+    data.say.cache_clear()
+    capfd.readouterr()
+    dataset = data.open_dataset(str(folder), "train", 8, draft=True)
     images = torch.cat([part for part, _ in data.all_images(dataset, 5, workers=workers)])
     for index, other in ((3, 4), (7, 0), (15, 8)):
         assert torch.equal(images[index], images[other])
@@ -1519,8 +1609,8 @@ def test_flags_that_contradict_the_tokenizer_the_data_or_each_other(toy):
     command = f"python generator.py {SMALL} --tokenizer {toy}/nativetok_4.pt --out {toy} --mode"
     for flags, *words in (
             ("ar --tokens 32", f"--tokens 32: {toy}/nativetok_4.pt has 4. Leave it out"),
-            ("ar --codebook_size 9", "--codebook_size 9:", "has 512"),
-            ("ar --num_classes 3", "--num_classes 3: shapes has 10"), ("ar --heads 5", "--heads 5"),
+            ("ar --num_classes 3", "unrecognized arguments: --num_classes"),    # read off the data
+            ("ar --heads 5", "--heads 5"),
             ("ar --views 3", "--views 3"), ("maskgit --layers 3", "--layers 3", "even")):
         refused(f"{command} {flags}", *words)
 
@@ -1663,6 +1753,14 @@ def test_fid(fid_of, fid_folder):
     assert same["FID"] == pytest.approx(0, abs=1e-6) and same["precision"] == 1
     assert "10 images of" in protocol and "10 files are in both sets" in protocol
     assert "(20, 20) and (40, 30)" in fid_of("fid @/a @/b.npz --size 20")[1]
+    shutil.copytree(fid_folder / "b", fid_folder / "loose" / "grids")
+    shutil.copytree(fid_folder / "a", fid_folder / "loose", dirs_exist_ok=True)
+    (fid_folder / "loose" / "x.heic").touch()
+    assert "scored: 20 images of " in fid_of("fid @/a @/loose")[1]      # also beside a folder
+    for file in fid_folder.glob("loose/*/*.png"):       # others under the same names
+        shutil.copy2(fid_folder / "a" / file.name, file)
+    later, protocol = fid_of("fid @/a @/loose")
+    assert later["FID"] == pytest.approx(0, abs=1e-3) and "loose, left out: 1 .heic" in protocol
 
 
 def test_fid_of_statistics(fid_of, fid_folder):
@@ -1677,6 +1775,8 @@ def test_fid_of_statistics(fid_of, fid_folder):
 def test_fid_refuses(fid_of, fid_folder, tmp_path):
     shutil.copytree(fid_folder / "b", tmp_path / "c")
     np.savez(tmp_path / "floats.npz", np.zeros((20, 4, 4, 3)))
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(768), sigma=np.eye(768))
+    np.savez(tmp_path / "nan.npz", mu=np.full(12, math.nan), sigma=np.eye(12))
     last, fid = tmp_path / "c" / "9.png", f"fid @/statistics_a.npz {tmp_path}"
     for change, words, says in (
             (lambda: Image.new("RGB", (40, 50)).save(last), f"{fid}/c", "9.png: not .*--size"),
@@ -1685,28 +1785,46 @@ def test_fid_refuses(fid_of, fid_folder, tmp_path):
             (bool, f"{fid}/floats.npz", "arr_0 is float64"),
             (bool, "fid @/a @/none", "none: not a folder and not an .npz"),
             (bool, "fid @/a", "required: B.*evaluate.py fid -h"),
+            (bool, f"fid {tmp_path}/wide.npz @/a", r"wide.npz: mu is \(768,\): not FID's 12"),
+            (bool, f"fid {tmp_path}/nan.npz @/a", "nan.npz: .*or not finite"),
+            (bool, "fid @/a @/b --images 5", "unrecognized arguments: --images 5"),
+            (bool, "gfid ar.pt --reference @/a --images 5", "not allowed with .*--reference"),
             (bool, "rfid vqgan.pt --size 5", "unrecognized arguments: --size")):
         change()
-        with pytest.raises(BadInput, match=says):
-            fid_of(words)
+        for _ in range(2):          # the second time, too
+            with pytest.raises(BadInput, match=says):
+                fid_of(words)
     refused(f"python evaluate.py fid {fid_folder}/a {fid_folder}/b --inception {tmp_path}/none.pth",
             "Inception weights", "none.pth", "Get pytorch-fid's pt_inception")
 
 
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
-def test_rfid_and_gfid_on_one_rank_and_on_two(toy, fid_of, fid_folder, tmp_path, monkeypatch):
+def test_rfid_and_gfid_on_one_rank_and_on_two(toy, folder, fid_of, fid_folder, tmp_path,
+                                              monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 4)               # of 10: one rank gets 4, the other 6
     data = "--data shapes --images 10 --rounding truncate"
     scores, protocol = fid_of(f"rfid {toy}/nativetok_4_stage2.pt {data}")
     assert scores["FID"] > 0 and "rounding to bytes: truncate" in protocol
-    assert "scored: reconstructions of 10 images of shapes val" in protocol
+    assert "nativetok_4_stage2.pt, reconstructions of 10 images of shapes val, drawn" in protocol
+    argmax, protocol = fid_of(f"rfid {toy}/nativetok_4.pt {data}")      # after stage 1
+    assert "nativetok_4.pt, argmax, reconstructions" in protocol
+    other, = json.loads((fid_folder / "x.json").read_text())["others"]
+    assert "nativetok_4.pt, reconstructions" in "".join(other["protocol"])
+    assert other["scores"]["FID"] not in (argmax["FID"], scores["FID"])
     gfid = f"gfid {toy}/ar_nativetok_4.pt --samples 10 {data}"
     with pytest.raises(BadInput, match="not trained on the codes of .*nativetok_2.pt.*--tokenizer"):
         fid_of(f"{gfid} --tokenizer {toy}/nativetok_2.pt")
     one, protocol = fid_of(f"{gfid} --save @/one.npz")
     assert fid_of(f"{gfid} --seed 1")[0] != one
-    assert re.match("reference: 10 images of shapes train\nscored: 10 samples, 10 classes in turn, "
-                    "seed 0, guidance", protocol)
+    assert re.match("reference: 10 images of shapes train.*\nscored: 10 samples, 10 classes at "
+                    r"random \(10.00% to 10.00% each\), seed 0, guidance_scale 1.5, ", protocol)
+    sweep, how = fid_of(f"{gfid} --guidance_scale 9 --temperature 0.1 --top_k 2")
+    assert sweep != one and "guidance_scale 9.0, temperature 0.1, top_k 2, decoded by" in how
+    assert load(toy / "ar_nativetok_4.pt")["class_counts"] == [1000] * 10
+    with pytest.raises(BadInput, match="--sampling_steps: the generator is of mode ar"):
+        fid_of(f"{gfid} --sampling_steps 2")
+    with pytest.raises(BadInput, match="ar_nativetok_4.pt: trained on other classes than --data"):
+        fid_of(f"{gfid} --data {folder}")
     (tmp_path / "two.py").write_text(
         f"import torch, evaluate, trainer\n{inspect.getsource(Tiny)}\n"
         "evaluate.InceptionFID, evaluate.BATCH = Tiny, 4\ntrainer.launch(evaluate.main)\n")
@@ -1718,6 +1836,19 @@ def test_rfid_and_gfid_on_one_rank_and_on_two(toy, fid_of, fid_folder, tmp_path,
     assert "\n".join(two["protocol"]) == protocol
     saved = [np.load(path)["arr_0"] for path in (fid_folder / "one.npz", tmp_path / "two.npz")]
     assert (saved[0] == saved[1]).all()
+
+
+def test_gfid_draws_classes_as_often_as_the_data_has_them(monkeypatch):
+    decoder = nn.Linear(1, 1)
+    decoder.decode_codes, decoder.config, decoder.path = lambda codes: codes, TINY_VQGAN, "x.pt"
+    monkeypatch.setattr(evaluate, "sample_codes", lambda model, labels, seed: labels)
+    monkeypatch.setattr(evaluate, "to_uint8", lambda images, rounding: images)
+    model = SimpleNamespace(config=AR, class_counts=[900, 0, 100])
+    fake = evaluate.samples(model, decoder, 1000, 0, "round")
+    labels = torch.cat([fake.read(start, start + 100) for start in range(0, 1000, 100)])
+    assert (labels.bincount() - torch.tensor([900, 0, 100])).abs().max() < 30
+    assert torch.equal(fake.read(300, 400), labels[300:400])        # on whatever rank
+    assert "3 classes at random (0.00% to 90.00% each)" in fake.name
 
 
 # ---- Toy scores and the report (extras/report.py)
@@ -1753,7 +1884,7 @@ SCORES = {
 REPORT = "python -m extras.report --config toy --data shapes --tokens 4 --images 50 --samples 20"
 
 
-def test_report(toy, tmp_path, monkeypatch, capsys):
+def test_report(toy, folder, tmp_path, monkeypatch, capsys):
     """Its files, and the names and kinds of its numbers; scores of the stages that exist."""
     def reported(flags):
         monkeypatch.setattr(sys, "argv", [*REPORT.split()[2:], *flags.split()])
@@ -1767,6 +1898,8 @@ def test_report(toy, tmp_path, monkeypatch, capsys):
     part.mkdir()
     shutil.copy(toy / "vqgan.pt", part)
     refused(f"{REPORT} --out {part}", "nativetok_4.pt", "python hnt.py --tokens 4")
+    with pytest.raises(BadInput, match="vqgan.pt: trained on other images than --data"):
+        reported(f"--out {part} scores --data {folder}")
     printed = reported(f"--out {part} scores")
     assert "| VQGAN" in printed and "| stage 1" not in printed
     assert "python generator.py --mode maskgit --tokens 4" in printed

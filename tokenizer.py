@@ -643,6 +643,8 @@ def train_stage2(args):
 
 def chosen_config(args):
     titok = getattr(args, "model", "nativetok") != "nativetok"
+    if titok and (unused := [name for name in vars(args) if name.startswith("expert_")]):
+        raise BadInput(f"--{unused[0]}: TiTok has no experts")
     return trainer.override(PRESETS[DEFAULT_TITOK[args.config] if titok else args.config], args)
 
 
@@ -665,7 +667,8 @@ def reconstruct(args):
 
 def main():
     stage2 = re.search(r"--stage[ =]2", " ".join(sys.argv))     # each stage has its own flags
-    parser = trainer.command_line(__doc__, TrainConfig, Stage2Config if stage2 else TokenizerConfig)
+    parser = trainer.command_line(__doc__, *[] if "--reconstruct" in sys.argv else [TrainConfig],
+                                  Stage2Config if stage2 else TokenizerConfig)
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1,
                         help="1: predict codes; 2: fine-tune the decoders; -h for each")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path,

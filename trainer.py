@@ -30,6 +30,10 @@ from torch import nn
 from tqdm import tqdm
 
 
+# the flags that many a training script saves with its weights; it holds values and runs no code
+torch.serialization.add_safe_globals([argparse.Namespace])
+
+
 class BadInput(ValueError):
     """One line for the user: what is wrong, where, and what to do."""
 
@@ -104,20 +108,31 @@ def command_line(description, *config_classes):
     add("--deterministic", action="store_true", help="on CUDA: sums in a fixed order, slower")
     add("--tensorboard", action="store_true", help="log for tensorboard, too")
     for cls in config_classes:
-        group = parser.add_argument_group(f"{cls.__name__}, defaults by --config")
-        comments = dict(re.findall(r"(?m)^    (\w+): [^#\n]+#\s*(.*)$", inspect.getsource(cls)))
-        for field in fields(cls):
-            kind, text = field.type, comments.get(field.name, "")
-            how = {"metavar": "", "type": kind}
-            if kind is bool:
-                how = {"action": argparse.BooleanOptionalAction}
-            elif kind == tuple[int, ...]:
-                how["type"] = lambda value: tuple(map(int, value.split(",")))
-            elif get_args(kind):            # Literal["a", "b"]
-                how, text = {"metavar": "", "choices": get_args(kind)}, f"{text}: %(choices)s"
-            if not is_dataclass(kind):
-                group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **how)
+        add_fields(parser.add_argument_group(f"{cls.__name__}, defaults by --config"), cls)
     return parser
+
+
+def add_fields(parser, cls, names=None):
+    """A flag for each field of the dataclass, or only for those in names."""
+    comments = dict(re.findall(r"(?m)^    (\w+): [^#\n]+#\s*(.*)$", inspect.getsource(cls)))
+    for field in fields(cls):
+        kind, text = field.type, comments.get(field.name, "")
+        how = {"metavar": "", "type": finite if kind is float else kind}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif kind == tuple[int, ...]:
+            how["type"] = lambda value: tuple(map(int, value.split(",")))
+        elif get_args(kind):            # Literal["a", "b"]
+            how, text = {"metavar": "", "choices": get_args(kind)}, f"{text}: %(choices)s"
+        if not is_dataclass(kind) and field.name in (names or [field.name]):
+            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **how)
+
+
+def finite(text):
+    """The value of a float flag: NaN would pass every comparison."""
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
 def parse(parser, argv=None):
@@ -197,7 +212,27 @@ def lock(path, wait=False):
 
 
 def first_line(error):
+    if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):     # torch's fifth line
+        return f"it holds a {found[1]}, which may run code: save its weights alone, if you trust it"
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def read_weights(source):
+    """A state dict, itself or in a torch or .safetensors file, without the prefixes that torch's
+    wrappers put before its names. Raises BadInput where numbers are not finite."""
+    state = source
+    if not isinstance(source, dict) and Path(source).suffix == ".safetensors":
+        from safetensors.torch import load_file         # an optional package
+        state = load_file(source)
+    elif not isinstance(source, dict):
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    for name in ("state_dict", "model"):    # LlamaGen's files: {"model": {name: tensor}, ...}
+        state = state[name] if isinstance(state.get(name), dict) else state
+    for name, tensor in state.items():
+        if not tensor.is_meta and not tensor.isfinite().all():
+            raise BadInput(f"{name} has numbers that are not finite")
+    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor
+            for name, tensor in state.items()}
 
 
 def load_checkpoint(path, stages, make):
@@ -221,10 +256,10 @@ def load_model(make, config_class, checkpoint, path):
     """make(config) with a checkpoint's averaged weights, frozen and in eval mode."""
     try:
         model = make(config_class(**checkpoint["config"]))
-        model.load_state_dict(checkpoint.get("ema", checkpoint)["model"])
+        model.load_state_dict(read_weights(checkpoint.get("ema", checkpoint)))
     except Exception as error:
-        raise BadInput(f"{path}: of another version or size ({first_line(error)}). Make it "
-                       f"again") from error
+        raise BadInput(f"{path}: of another version or size, or damaged "
+                       f"({first_line(error)}). Make it again") from error
     return model.eval().requires_grad_(False)
 
 

@@ -330,14 +330,12 @@ class ConvNeXtSmall(nn.Module):
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
-        state, file = path_or_state_dict, "weights"
+        source = path_or_state_dict
         try:
-            if isinstance(state, (str, Path)):
-                file = state
-                state = torch.load(file, map_location="cpu", weights_only=True)
-            if state is not None:
-                self.load_state_dict(state)
+            if source is not None:
+                self.load_state_dict(trainer.read_weights(source))
         except Exception as error:      # torch raises many kinds
+            file = source if isinstance(source, (str, Path)) else "weights"
             raise BadInput(f"{file}: not torchvision's convnext_small ({first_line(error)}). Give "
                            f"--convnext FILE, or --perceptual none") from error
         self.eval().requires_grad_(False)

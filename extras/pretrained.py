@@ -37,27 +37,9 @@ def reading(source, what):
         yield
     except Exception as error:
         where = source if isinstance(source, (str, Path)) else "weights"
-        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         hint = "pip install safetensors" if isinstance(error, ImportError) else "Is it that file?"
+        line = trainer.first_line(error)
         raise BadInput(f"{where}: cannot be read as {what} ({line}). {hint}") from error
-
-
-def read_weights(path_or_state_dict):
-    """A state dict, as it is or of a .safetensors or torch file. Raises BadInput where it cannot be
-    read, or holds numbers that are not finite."""
-    state = path_or_state_dict
-    with reading(path_or_state_dict, "weights"):
-        if not isinstance(state, dict):
-            if Path(state).suffix == ".safetensors":
-                from safetensors.torch import load_file         # an optional package
-                state = load_file(state)
-            else:
-                state = torch.load(state, map_location="cpu", weights_only=True)
-        for name in ("state_dict", "model"):    # LlamaGen's files: {"model": {name: tensor}, ...}
-            state = state[name] if isinstance(state.get(name), dict) else state
-        if not all(tensor.is_meta or tensor.isfinite().all() for tensor in state.values()):
-            raise ValueError("numbers that are not finite")
-        return dict(state)
 
 
 def layers_of(state, prefix):
@@ -67,8 +49,8 @@ def layers_of(state, prefix):
 
 def load_maskgit_vqgan(path_or_state_dict):
     """The public MaskGIT-VQGAN (168 entries, 54.5M numbers) as a VQGAN."""
-    state = read_weights(path_or_state_dict)
     with reading(path_or_state_dict, "MaskGIT-VQGAN"):
+        state = trainer.read_weights(path_or_state_dict)
         model = VQGAN(vqgan.PRESETS["full"])
         model.load_state_dict({"quantize.usage": model.quantize.usage, **state})    # ours alone
     return model.eval().requires_grad_(False)
@@ -92,8 +74,8 @@ def load_titok(path_or_state_dict, image_size=256):
     They were trained with a slip: before the last layer the encoder's [L, D] numbers are
     reinterpreted, not transposed, as [D, L], so each latent mixes many tokens (`legacy`).
     """
-    state = read_weights(path_or_state_dict)
     with reading(path_or_state_dict, "TiTok-L-32, -B-64 or -S-128"):
+        state = trainer.read_weights(path_or_state_dict)
         tokens, width = state["latent_tokens"].shape                        # L, D
         patch_size = state["encoder.patch_embed.weight"].shape[-1]
         patches = len(state["encoder.positional_embedding"]) - 1            # minus class token
@@ -131,8 +113,8 @@ def renamed(state, ours):
 def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
     """Public class-conditional LlamaGen weights as an ARGenerator. The shapes do not tell heads (12
     for B, 16 for L), rope ("2d" for the published files), and how many tokens `generate` makes."""
-    state = read_weights(path_or_state_dict)
     with reading(path_or_state_dict, "LlamaGen"):
+        state = trainer.read_weights(path_or_state_dict)
         rows, width = state["cls_embedding.embedding_table.weight"].shape
         model = generator.ARGenerator(generator.GeneratorConfig(
             mode="ar", tokens=tokens, codebook_size=len(state["output.weight"]), width=width,
@@ -144,8 +126,8 @@ def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
 def load_titok_maskgit(path_or_state_dict, heads=None):
     """The public generator of TiTok-S-128 (a U-ViT; those of L-32 and B-64 are BERTs) as a
     MaskGITGenerator. heads, which no shape tells: 16 as published; 4 for widths below 512."""
-    state = read_weights(path_or_state_dict)
     with reading(path_or_state_dict, "TiTok-S-128's generator"):
+        state = trainer.read_weights(path_or_state_dict)
         (rows, width), codes = state["embeddings.weight"].shape, len(state["lm_head.weight"])
         model = generator.MaskGITGenerator(replace(
             generator.PRESETS["maskgit_full"], tokens=state["pos_embed"].shape[1] - 1,

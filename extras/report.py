@@ -417,6 +417,8 @@ def main():
         torch.set_num_threads(1)        # Bench has threads of its own
     vqgan = trainer.load_checkpoint(files["vqgan"], "vqgan", "python vqgan.py")
     bench = Bench(args, vqgan["config"]["image_size"])
+    if vqgan["settings"].get("data") not in (None, bench.train.content):    # None: public weights
+        raise BadInput(f"{files['vqgan']}: trained on other images than --data {args.data}")
     if args.what == "report":
         report(args, bench, files, vqgan["settings"].get("seed"))
     else:
