@@ -1967,6 +1967,7 @@ def test_evidence(tmp_path, monkeypatch, capsys):
     for path in seed.rglob("*.pt"):
         lines = [f'{{"step": {i}, "loss": 2.5, "l2": 0.01}}\n' for i in range(60)]
         path.with_suffix(".jsonl").write_text("".join(lines))
+    shutil.copy(seed / "vqgan.jsonl", tmp_path)
     monkeypatch.setattr(report, "fd_classifier", functools.partial(report.fd_classifier, steps=2))
 
     def command(flags):
@@ -1997,7 +1998,7 @@ def test_evidence(tmp_path, monkeypatch, capsys):
     text = command("evidence")
     assert text.count("undecided") == 23 + 4 + 4 + 4        # one seed decides nothing
     assert (tmp_path / "files" / "evidence.png").exists()
-    assert len((numbers / "ar700_ar_titok_16.jsonl").read_text().splitlines()) == 21
+    assert len((numbers / "ar700_ar_titok_16.jsonl").read_text().splitlines()) == 16
     assert re.search(r"\| ar700_ar_titok_16 +\| +59 \| +2.5 .* 20.00 \|", command("normal"))
     scores = made["scores"]["nativetok_16"]
     other = made["scores"]["titok_16"]

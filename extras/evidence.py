@@ -171,9 +171,9 @@ def score_seed(args):
             write_json(begun, scores)
             print(f"{path}: scored", flush=True)
         if args.seed == 0:
-            lines = trainer.read_log(path.with_suffix(".jsonl"))
-            every = -(-len(lines) // 20)
-            text = "".join(json.dumps(line) + "\n" for line in lines[:1] + lines[every - 1::every])
+            lines = trainer.read_log((args.out if name == "vqgan" else folder) / f"{name}.jsonl")
+            kept = lines[:1] + lines[:0:-1 - len(lines) // 20][::-1]    # the last is one of them
+            text = "".join(json.dumps(line) + "\n" for line in kept)
             trainer.write_atomically(args.numbers / f"{name.replace('/', '_')}.jsonl",
                                      lambda temporary: temporary.write_text(text))
     write_json(args.numbers / f"seed{args.seed}.json", {
