@@ -207,9 +207,11 @@ $(SEED_FILES): $(NUMBERS)/%.json: $(addprefix $(PAPER)/%/,$(addsuffix .done,$(fo
     nativetok titok titok_causal,$(model)_$(S)_generators $(model)_$(S)_stage2) hnt))
 	$(RUN) -m extras.paper seed --config toy --data "$$(cat $(PAPER)/data)" --out $(PAPER) \
 	    --seed $(*:seed%=%) --numbers $(NUMBERS) $(PAPER_SCORES)
-# AR, trained for each number of steps in a folder of its own; they share the codes of all images
+# AR, trained for each number of steps in a folder of its own, over the same codes; for the causal
+# TiTok, which the paper has no generator for, the longest only
 %_generators.done: %.done
-	set -e; mkdir -p $(@D)/codes_$(*F); for steps in $(PAPER_AR); do \
+	set -e; mkdir -p $(@D)/codes_$(*F); \
+	for steps in $(if $(findstring causal,$*),$(lastword $(PAPER_AR)),$(PAPER_AR)); do \
 	    mkdir -p $(@D)/ar$$steps; ln -sfn ../codes_$(*F) $(@D)/ar$$steps; \
 	    $(RUN) generator.py $(HERE) --out $(@D)/ar$$steps --mode ar --tokenizer $*.pt \
 	        --steps $$steps; done; touch $@

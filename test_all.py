@@ -1992,7 +1992,7 @@ def test_evidence(tmp_path, monkeypatch, capsys):
         command(score)
     assert not (numbers / "seed0.json").exists()
     command(score)
-    assert len(scored) == 9 + 1     # the third one twice
+    assert len(scored) == 7 + 1     # the third one twice
     made = json.loads((numbers / "seed0.json").read_text())
     assert made["settings"]["images"] == 60 and made["settings"]["samples"] == 30
     text = command("evidence")
