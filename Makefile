@@ -2,6 +2,7 @@
 # make demo LONG=1   the same models trained five times longer, in out/toy_long
 # make test          the test suite
 # make paper         the paper's tables and figures at toy size, see below
+# make evidence      its claims tested with longer training, see below
 # Other data:        make demo DATA=folder        Other results folder: make demo OUT=folder
 
 PYTHON ?= python3
@@ -79,7 +80,7 @@ clean:
 # Changed steps do not train again what is there: remove its .done and .pt, or give another PAPER.
 TABLES := table1 table3a table3b table3c table5 table6 fig5 fig6 fig7 fig8 order
 CONFIG ?= toy
-PAPER ?= out/paper_$(CONFIG)
+PAPER ?= out/$(if $(STUDY),evidence,paper_$(CONFIG))
 ifeq ($(CONFIG),toy)
 SEEDS ?= 3
 # small (S), medium (M), large (L) number of tokens: 32, 64, 128 in the paper
@@ -94,7 +95,7 @@ PAPER_STAGE2 := --steps 300
 PAPER_AR := --steps 400
 PAPER_TITOK := --encoder_layers 8
 PAPER_SCORES := --images 2500
-MAKE_VQGAN = $(PY) vqgan.py $(IN) --out $(PAPER) $(PAPER_VQGAN)
+MAKE_VQGAN = $(TWO_RANKS) vqgan.py $(IN) --out $(PAPER) $(PAPER_VQGAN)
 else
 SEEDS ?= 1
 GPUS ?= 4
@@ -113,6 +114,19 @@ REFERENCE ?= weights/VIRTUAL_imagenet256_labeled.npz
 PAPER_FILES := $(WEIGHTS) $(INCEPTION) $(REFERENCE) weights/convnext_small.pth
 PAPER_SCORES := --inception $(INCEPTION) --reference $(REFERENCE)
 MAKE_VQGAN = $(PY) -m extras.pretrained vqgan $(WEIGHTS) --out $(PAPER) --overwrite
+endif
+ifdef STUDY     # make evidence, below, sets it
+S := 16
+M := 32
+L := 64
+PAPER_VQGAN := --steps 7500
+PAPER_STAGE1 := --steps 8000
+PAPER_STAGE2 := --steps 2000
+PAPER_AR := 200 700 3500
+PAPER_TITOK :=
+PAPER_HNT_SOURCE := --steps 1600
+PAPER_HNT := --steps 1000
+PAPER_SCORES := --samples 10000
 endif
 SEED_FOLDERS := $(foreach n,$(shell seq 0 $$(($(SEEDS) - 1))),$(PAPER)/seed$(n)/)
 DONE_IN = $(foreach folder,$(SEED_FOLDERS),$(addprefix $(folder),$(addsuffix .done,$(1))))
@@ -177,3 +191,34 @@ $(PAPER)/vqgan.done: | .venv/ready
 	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/nativetok_$(S)_stage2.pt $(PAPER_AR) && touch $@
 %/ar_titok_$(S).done: %/titok_$(S)_stage2.done
 	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/titok_$(S)_stage2.pt $(PAPER_AR) && touch $@
+
+# ---- The study: make evidence SEEDS=5 trains seeds 0 to 4 in out/evidence, two processes side by
+# side. A seed whose numbers are in assets/paper/ is complete: nothing of it is trained or scored.
+# If it is stopped, the same command continues. The tables and the figure come from these files.
+NUMBERS ?= assets/paper
+.PHONY: evidence seeds
+evidence: .venv/ready
+	$(PIP) matplotlib
+	$(MAKE) --no-print-directory --jobs=2 STUDY=1 CONFIG=toy seeds
+	$(PY) -m extras.paper evidence --numbers $(NUMBERS)
+SEED_FILES := $(patsubst $(PAPER)/%/,$(NUMBERS)/%.json,$(SEED_FOLDERS))
+seeds: $(filter-out $(wildcard $(NUMBERS)/*.json),$(SEED_FILES))
+$(SEED_FILES): $(NUMBERS)/%.json: $(addprefix $(PAPER)/%/,$(addsuffix .done,$(foreach model,\
+    nativetok titok titok_causal,$(model)_$(S)_generators $(model)_$(S)_stage2) hnt))
+	$(RUN) -m extras.paper seed --config toy --data "$$(cat $(PAPER)/data)" --out $(PAPER) \
+	    --seed $(*:seed%=%) --numbers $(NUMBERS) $(PAPER_SCORES)
+# AR, trained for each number of steps in a folder of its own, over the same codes; for the causal
+# TiTok, which the paper has no generator for, the longest only
+%_generators.done: %.done
+	set -e; mkdir -p $(@D)/codes_$(*F); \
+	for steps in $(if $(findstring causal,$*),$(lastword $(PAPER_AR)),$(PAPER_AR)); do \
+	    mkdir -p $(@D)/ar$$steps; ln -sfn ../codes_$(*F) $(@D)/ar$$steps; \
+	    $(RUN) generator.py $(HERE) --out $(@D)/ar$$steps --mode ar --tokenizer $*.pt \
+	        --steps $$steps; done; touch $@
+# HNT: a short tokenizer grows in three ways
+%/hnt.done: %/vqgan.done
+	set -e; mkdir -p $*/hnt; cp $*/vqgan.pt $*/hnt; \
+	$(RUN) tokenizer.py $(HERE) --out $*/hnt --tokens 8 $(PAPER_HNT_SOURCE); \
+	for strategy in full reuse reuse+finetune; do \
+	    $(RUN) hnt.py $(HERE) --out $*/hnt --tokens $(S) --strategy $$strategy $(PAPER_HNT); \
+	done; touch $@

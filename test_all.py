@@ -46,7 +46,7 @@ import hnt
 import tokenizer
 import trainer
 import vqgan
-from extras import bench, paper, pretrained, report
+from extras import bench, evidence, paper, pretrained, report
 from generator import ARGenerator, GeneratorConfig, codes_fingerprint
 from tokenizer import TokenizerConfig, build
 from trainer import BadInput
@@ -1949,7 +1949,7 @@ def test_speed_of_every_form_and_memory(monkeypatch, capsys):
     assert half["state"] == whole["state"] and whole["--recompute"] < whole["all"]
 
 
-# ---- The paper's tables and figures (extras/paper.py, Makefile)
+# ---- The paper's tables, figures and claims (extras/paper.py, extras/evidence.py, Makefile)
 
 class Bigram(nn.Module):
     """An AR generator: table [K + 1, K] of the next code's logits, the last row for the start."""
@@ -2007,10 +2007,9 @@ def test_overlap_and_neighbour_information():
 
 
 @pytest.mark.parametrize("ours, others, verdict", [
-    ([1, 1.1, 0.9], [3, 3.2, 2.9], "same sign"),
-    ([3, 3.2, 2.9], [1, 1.1, 0.9], "the other way round here"),
-    ([1, 3, 2], [2, 1, 3], "not decided by these seeds"),
-    ([1], [3], "one seed cannot decide")])
+    ([1, 1.1, 0.9], [3, 3.2, 2.9], "holds"),
+    ([3, 3.2, 2.9], [1, 1.1, 0.9], "does not at this scale"),
+    ([1, 3, 2], [2, 1, 3], "undecided"), ([1], [3], "undecided")])
 def test_intervals(ours, others, verdict):
     words = paper.claim("a minus b", (ours, 1.0), (others, 3.0))
     assert words.startswith("a minus b: ") and words.endswith(f"(paper -2.00): {verdict}.")
@@ -2063,7 +2062,7 @@ def test_paper(tmp_path, monkeypatch, capsys):
     ours, published = numbers["NativeTok"]["rFD-classifier"]
     assert published == 11.19 and len(ours) == 2 and min(ours) > 0 and ours[0] != ours[1]
     one = run(f"python -m extras.paper table6 --seeds 1 {command}")
-    assert one.count("one seed cannot decide") == 4 and "rFD" not in one
+    assert one.count(": undecided.") == 4 and "rFD" not in one
     (tmp_path / "seed0" / "titok_8.pt").unlink()
     refused(f"python -m extras.paper table3a {command}", "titok_8.pt", "make table3a")
 
@@ -2081,3 +2080,81 @@ def test_makefile_trains_what_is_missing(tmp_path):
     assert plan.count("tokenizer.py --config") == 1 and "--model titok" not in plan
     full = run("make -o .venv/ready table3a CONFIG=full WEIGHTS=none.bin", code=2)
     assert "none.bin: not found" in full and "python" not in full       # before any training
+
+
+def test_evidence(tmp_path, monkeypatch, capsys):
+    """A seed's models are scored, once each; its file makes the tables; more seeds decide."""
+    seed, numbers, scored = tmp_path / "seed0", tmp_path / "files" / "paper", []
+    untrained(seed)
+    for name in evidence.STUDY.values():
+        source = name.split("_16")[0].split("/")[-1].replace("titok_causal", "titok")   # _8.pt
+        for stage in ("", "_stage2"):
+            (seed / name).parent.mkdir(exist_ok=True)
+            shutil.copy(seed / f"{source}_8{stage}.pt", seed / f"{name}{stage}.pt")
+        for steps in evidence.BUDGETS:
+            target = seed / f"ar{steps}" / f"ar_{name}.pt"
+            target.parent.mkdir(exist_ok=True)
+            if "hnt" not in name:
+                shutil.copy(seed / f"ar_{source}_8.pt", target)
+    shutil.copy(seed / "nativetok_8.pt", seed / "hnt")
+    for path in seed.rglob("*.pt"):
+        lines = [f'{{"step": {i}, "loss": 2.5, "l2": 0.01}}\n' for i in range(60)]
+        path.with_suffix(".jsonl").write_text("".join(lines))
+    shutil.copy(seed / "vqgan.jsonl", tmp_path)
+    monkeypatch.setattr(report, "fd_classifier", functools.partial(report.fd_classifier, steps=2))
+
+    def command(flags):
+        monkeypatch.setattr(sys, "argv", ["extras/paper.py", *flags.split(), "--config", "toy",
+                                          "--numbers", str(numbers)])
+        paper.main()
+        return capsys.readouterr().out
+
+    def score_generator(bench, path, *others):
+        scored.append(path)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return whole(bench, path, *others)
+
+    whole = evidence.score_generator
+    monkeypatch.setattr(evidence, "score_generator", score_generator)
+    monkeypatch.setattr(evidence, "token_overlap", lambda ar: [0.5] * 4)        # saves seconds
+    score = f"seed --data shapes --device cpu --out {tmp_path} --images 60 --samples 30"
+    with pytest.raises(BadInput, match="no seed0.json"):
+        command("evidence")
+    with pytest.raises(KeyboardInterrupt):
+        command(score)
+    assert not (numbers / "seed0.json").exists()
+    command(score)
+    assert len(scored) == 7 + 1     # the third one twice
+    made = json.loads((numbers / "seed0.json").read_text())
+    assert made["settings"]["images"] == 60 and made["settings"]["samples"] == 30
+    text = command("evidence")
+    assert text.count("undecided") == 23 + 4 + 4 + 4        # one seed decides nothing
+    assert (tmp_path / "files" / "evidence.png").exists()
+    assert len((numbers / "ar700_ar_titok_16.jsonl").read_text().splitlines()) == 16
+    assert re.search(r"\| ar700_ar_titok_16 +\| +59 \| +2.5 .* 20.00 \|", command("normal"))
+    scores = made["scores"]["nativetok_16"]
+    other = made["scores"]["titok_16"]
+    for i, cross_entropy in enumerate((3.1, 3.3, 2.9)):
+        scores["cross_entropy"], other["cross_entropy"] = cross_entropy, cross_entropy + 1 + i / 10
+        (numbers / f"seed{i}.json").write_text(json.dumps({**made, "seed": i}))
+    row = r"cross-entropy of stage 1 +\| +3.10 ± 0.50 \| .* \| +-1.10 ± 0.25 \| +lower \| +holds"
+    text = command("evidence")
+    assert re.search(row, text), text
+    made["settings"]["images"] = 61
+    (numbers / "seed2.json").write_text(json.dumps(made))
+    with pytest.raises(BadInput, match="settings differ"):
+        command("evidence")
+
+
+def test_make_evidence_leaves_complete_seeds_alone(tmp_path):
+    (tmp_path / "seed0.json").touch()
+    plan = run("make -o .venv/ready MAKE='make -o .venv/ready' DATA=shapes -n evidence SEEDS=2 "
+               f"PAPER={tmp_path}/out NUMBERS={tmp_path}")
+    assert "seed0" not in plan and plan.count("tokenizer.py --config") == 3 + 3 + 1
+    assert plan.count("hnt.py") == 1 and plan.count("generator.py") == 3
+    assert plan.index("vqgan.py") < plan.index("tokenizer.py") < plan.index("extras.paper seed")
+    assert plan.index("extras.paper seed") < plan.index("extras.paper evidence")
+    plan = run("make -o .venv/ready MAKE='make -o .venv/ready' -n evidence SEEDS=1 "
+               f"NUMBERS={tmp_path}")
+    assert "train" not in plan and plan.count(".py") == 0

@@ -2,6 +2,7 @@
 
     make paper                  # all at toy size, three seeds: trains what is missing
     make table3a SEEDS=5        # or another of NAMES below
+    make evidence               # tested with longer training: extras/evidence.py
 
 Reads seed0, seed1, ... in --out; writes NAME.md, .json and .png there, and paper.md.
 Letters: B batch, H W pixels, L tokens, K codes in a codebook, n images or draws, F features.
@@ -19,6 +20,8 @@ import trainer
 from evaluate import (WEIGHTS, InceptionFID, dataset_pictures, feature_statistics, features_of,
                       frechet_distance, open_pictures, samples, without_border)
 from extras.bench import PRESETS, hnt_steps, interleave
+from extras.evidence import (changed_distributions, evidence, half_width, likeliest, normal,
+                             overlap, score_seed, spread, token_overlap, verdict)
 from extras.report import (Bench, line_plot, machine, markdown, order_curves, picture_of,
                            samples_grid, side_by_side)
 from generator import load_codes, load_pair, open_tokenizer, sample_codes
@@ -26,31 +29,14 @@ from trainer import BadInput
 
 NAMES = ("table1", "table3a", "table3b", "table3c", "table5", "table6",
          "fig5", "fig6", "fig7", "fig8", "order")
-
-
-def half_width(values):
-    """Half of the 95 % interval of the mean by Student's t; None of a single value."""
-    if len(values) > 1:
-        return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-
-
-def spread(values, form=".2f"):
-    """One value per seed -> "mean ± half_width"; of one seed the value alone."""
-    half = half_width(values)
-    return f"{np.mean(values):{form}}" + ("" if half is None else f" ± {half:.2f}")
+COMMANDS = {"seed": score_seed, "evidence": evidence, "normal": normal}     # of the study
 
 
 def claim(words, one, other):
     """The difference of two models' scores (ours, one value per seed; the paper's) in a sentence,
     seed by seed."""
     gaps, paper = np.subtract(one[0], other[0]), one[1] - other[1]          # [seeds]
-    half = half_width(gaps)
-    verdict = "same sign" if gaps.mean() * paper > 0 else "the other way round here"
-    if half is None:
-        verdict = "one seed cannot decide"
-    elif abs(gaps.mean()) <= half:
-        verdict = "not decided by these seeds"
-    return f"{words}: {spread(gaps, '+.2f')} (paper {paper:+.2f}): {verdict}."
+    return f"{words}: {spread(gaps, '+.2f')} (paper {paper:+.2f}): {verdict(gaps, paper)}."
 
 
 def compare(models, claims, notes=()):
@@ -69,49 +55,7 @@ def compare(models, claims, notes=()):
     return {"rows": [heads, *rows], "numbers": models, "claims": sentences, "notes": [*notes]}
 
 
-# ---- Table 6 and Fig. 5: does the generator listen to the codes before?
-
-def changed_distributions(ar, labels, at, changed, seed):
-    """Section 4.4. labels [n] -> for m = 1 .. changed (before [n, K], after [n, K]): probabilities
-    of code at + m where all codes before are greedy, and where codes at .. at + m - 1 are sampled.
-
-    Our choices: no guidance, temperature 1; never the greedy code, so that exactly m differ; what
-    is compared is the code right after them.
-    """
-    device, random = next(ar.parameters()).device, torch.Generator().manual_seed(seed)
-    labels = labels.to(device)
-    greedy = ar.generate(labels, top_k=1)                                   # [n, L]
-    before = ar(greedy, labels).softmax(-1)                                 # [n, L, K]
-    codes, after, pairs = greedy.clone(), before, []
-    for i in range(at, at + changed):
-        others = after[:, i].scatter(1, greedy[:, i, None], 0.0)            # [n, K]
-        codes[:, i] = torch.multinomial(others.cpu(), 1, generator=random)[:, 0].to(device)
-        after = ar(codes, labels).softmax(-1)                               # [n, L, K]
-        pairs.append((before[:, i + 1], after[:, i + 1]))
-    return pairs
-
-
-def likeliest(p):
-    """Of p [..., K], the codes that are compared: the paper's top 100, at most a tenth."""
-    return p.topk(min(100, p.shape[-1] // 10)).indices
-
-
-def overlap(p, q):
-    """Share of the likeliest codes that p and q [n, K] have in common, [n]."""
-    p, q = (torch.zeros_like(x).scatter(1, likeliest(x), 1.0) for x in (p, q))
-    return (p * q).sum(1) / p.sum(1)
-
-
-def token_overlap(ar, draws=256):
-    """Table 6: the mean overlap after 1, 2, 3, 4 changes, over classes and all positions (the paper
-    does not say which). A small one alone is no merit."""
-    classes, found = ar.config.num_classes, []
-    labels = torch.arange(classes).repeat(-(-draws // classes))             # [n]
-    for at in range(ar.config.tokens - 4):
-        pairs = changed_distributions(ar, labels, at, changed=4, seed=at)
-        found.append(torch.stack([overlap(p, q) for p, q in pairs], 1))     # [n, 4]
-    return torch.cat(found).mean(0).tolist()
-
+# ---- Parts of the figures
 
 def stem_plot(title, p, q):
     """The likeliest codes of p [K] up, of q [K] down; square roots, or only a few would show."""
@@ -392,9 +336,9 @@ def publish(paper, name):
 
 def main():
     parser = trainer.ArgumentParser(__doc__)
-    parser.set_defaults(overwrite=False, deterministic=False, seed=0)
+    parser.set_defaults(overwrite=False, deterministic=False)
     add = parser.add_argument
-    add("what", choices=(*NAMES, "paper"))
+    add("what", choices=(*NAMES, "paper", *COMMANDS))
     add("--config", choices=("toy", "full"), help="default: full with CUDA")
     add("--data", help="as in training")
     add("--out", help="with seed0, ...; default: out/<config>")
@@ -404,7 +348,11 @@ def main():
     add("--samples", type=int, default=2_500, help="FD-classifier: samples")
     add("--inception", metavar="FILE", type=Path, help="score by FID; full: always")
     add("--reference", metavar="PATH", help="of gFID; default: training images")
+    add("--seed", type=int, default=0, help="of the study: which")
+    add("--numbers", type=Path, default="assets/paper", help="of the study: its files")
     args = trainer.parse(parser)
+    if args.what in COMMANDS:
+        return COMMANDS[args.what](args)
     paper = Paper(args)
     texts = [publish(paper, name) for name in (NAMES if args.what == "paper" else (args.what,))]
     if args.what == "paper":

@@ -155,6 +155,20 @@ class Bench:
         return {**scores, "accuracy": right.float().mean().item(),
                 "fd": frechet_distance(*feature_statistics(features), *self.reference)}
 
+    def score_reconstructions(self, model, **how):
+        """score() of the test images' reconstructions, and the codes' perplexity. how: for
+        decode_codes."""
+        codes = self.encode(model)                                          # [n, L]
+        batches = ((rows, labels, originals) for rows, (originals, labels)
+                   in zip(codes.split(BATCH), self.images(self.test)))
+        return {**self.score(batches, functools.partial(model.decode_codes, **how)),
+                "perplexity": codebook_use(codes, model.config.codebook_size)[1]}
+
+    def score_samples(self, codes, tokenizer):
+        """score() of codes [samples, L] that were sampled for sample_labels."""
+        batches = zip(codes.split(BATCH), self.sample_labels.split(BATCH))
+        return self.score(batches, tokenizer.decode_codes)
+
 
 def measure(bench, files):
     """{title: scores} of the stages that exist and of images to compare with. Saves pictures."""
@@ -167,12 +181,8 @@ def measure(bench, files):
                               ("stage 2", "stage2", {})):
         if files[stage].exists():
             model = open_tokenizer(files[stage], bench.device)
-            codes, decode = bench.encode(model), functools.partial(model.decode_codes, **how)
-            batches = ((rows, labels, originals) for rows, (originals, labels)
-                       in zip(codes.split(BATCH), bench.images(bench.test)))
-            scores[title] = {**bench.score(batches, decode),
-                             "perplexity": codebook_use(codes, model.config.codebook_size)[1]}
-            rows.append((title, decode(model.encode(images))))
+            scores[title] = bench.score_reconstructions(model, **how)
+            rows.append((title, model.decode_codes(model.encode(images), **how)))
     data.save_picture(picture_of(rows, scale), bench.out / "reconstructions.png")
     if "stage 2" in scores:     # model is stage 2's
         codes = model.encode(images)                                        # [10, L]
@@ -185,9 +195,8 @@ def measure(bench, files):
     drawn = bench.in_threads(                                               # [samples, L] each
         lambda generator, _: sample_codes(generator, bench.sample_labels, bench.seed), pairs)
     for stage, (generator, tokenizer), codes in zip(there, pairs, drawn):
-        batches = zip(codes.split(BATCH), bench.sample_labels.split(BATCH))
         scores[{"ar": "AR samples", "maskgit": "MaskGIT samples"}[stage]] = {
-            **bench.score(batches, tokenizer.decode_codes),
+            **bench.score_samples(codes, tokenizer),
             "guidance_scale": generator.config.guidance_scale}
         data.save_picture(samples_grid(bench, codes, tokenizer), bench.out / f"samples_{stage}.png")
     return scores
@@ -256,10 +265,13 @@ def side_by_side(pictures, columns):
     return sheet
 
 
-def line_plot(title, x_name, curves):
-    """{name: (xs, ys) or (xs, ys, half widths of intervals)} -> a PIL image. Needs matplotlib."""
+def line_plot(title, x_name, curves, levels=None):
+    """{name: (xs, ys) or (xs, ys, half widths of intervals)} -> a PIL image. Needs matplotlib.
+    levels: {name: y} of dotted lines, in the colors of the curves; then both axes are logarithmic.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg         # optional; needs no screen
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
     figure = Figure((5.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, (xs, ys, *half) in curves.items():
@@ -267,6 +279,13 @@ def line_plot(title, x_name, curves):
         for width in half:
             axes.fill_between(xs, np.subtract(ys, width), np.add(ys, width), alpha=0.2,
                               color=line.get_color(), linewidth=0)
+    if levels:
+        for line, (name, level) in zip(axes.get_lines(), levels.items()):
+            axes.axhline(level, color=line.get_color(), linestyle=":", label=name)
+        axes.set(xscale="log", yscale="log", xticks=xs, xticklabels=xs)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     axes.set(title=title, xlabel=x_name)
     axes.grid(alpha=0.3)
     axes.legend()
