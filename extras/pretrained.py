@@ -208,7 +208,7 @@ def main():
     parser.add_argument("images", nargs="*", help="titok: what to encode and decode")
     parser.add_argument("--config", choices=("full", "small"), default="full")
     parser.add_argument("--out", type=Path, help="folder for results, default out/<config>")
-    parser.add_argument("--overwrite", action="store_true", help="vqgan, half: replace the one there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file there")
     args = parser.parse_args()
     out = args.out or Path("out", args.config)
     if args.what == "vqgan":
