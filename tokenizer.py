@@ -656,7 +656,7 @@ def reconstruct(args):
     images = torch.stack(images)                                            # [n, 3, H, W]
     codes = model.encode(images.to(args.device))                            # [n, L]
     pairs = torch.stack([images, model.decode_codes(codes).cpu()], dim=1).flatten(0, 1)
-    target = args.output or args.out / "reconstruct.png"
+    target = args.out / "reconstruct.png"
     data.save_picture(data.picture_grid(pairs, 2, scale=max(1, 128 // size)), target)
     for name, row in zip(args.reconstruct, codes.tolist()):
         print(f"{name}: {' '.join(map(str, row))}")
@@ -680,8 +680,6 @@ def main():
                         help="the stage 0 checkpoint, default OUT/vqgan.pt")
     parser.add_argument("--reconstruct", metavar=("IMAGE", "..."), nargs="+",
                         help="do this instead of training")
-    parser.add_argument("--output", metavar="FILE", type=Path,
-                        help="its picture, default OUT/reconstruct.png")
     args = trainer.parse(parser)
     if args.checkpoint and not args.reconstruct:
         raise BadInput("--checkpoint: for --stage 2 and --reconstruct. Stage 1 has --resume")
