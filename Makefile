@@ -1,4 +1,5 @@
-# make demo          the whole pipeline at toy size on two CPU cores; ends in out/toy/report.md
+# make sample        64 new images in out/samples.png, from trained toy weights in assets/toy
+# make demo          the whole pipeline at toy size on two CPU cores; ends in out/toy/report.html
 # make demo LONG=1   the same models trained five times longer, in out/toy_long
 # make test          the test suite
 # make paper         the paper's tables and figures at toy size, see below
@@ -31,7 +32,7 @@ FLAGS = --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
 RANKS := $(shell test $$(nproc 2>/dev/null || echo 1) -ge 2 && echo 2 || echo 1)
 TWO_RANKS := OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS)
 GET_DATA = if [ "$(DATA)" = auto ]; then $(MAKE) --no-print-directory data/fashion-mnist; fi
-.PHONY: demo vqgan classifier stage1 hnt stage2 ar maskgit test clean
+.PHONY: demo vqgan classifier stage1 hnt stage2 ar maskgit sample test clean
 demo: .venv/ready
 	@$(PIP) matplotlib
 	@$(GET_DATA)
@@ -53,6 +54,10 @@ ar: hnt
 	$(PY) generator.py $(FLAGS) --resume --mode ar --tokenizer $(OUT)/nativetok_16.pt $(AR_STEPS)
 maskgit: hnt
 	$(PY) generator.py $(FLAGS) --resume --mode maskgit --tokenizer $(OUT)/nativetok_16.pt $(MASKGIT_STEPS)
+
+sample: .venv/ready
+	$(PY) generator.py --config toy --mode ar --sample 64 --seed $(SEED) --out assets/toy \
+	    --output out/samples.png --overwrite
 
 # Fashion-MNIST where it is, from its own site, or Debian's package; without it the demo draws shapes
 FASHION := http://fashion-mnist.s3-website.eu-central-1.amazonaws.com

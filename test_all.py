@@ -661,6 +661,32 @@ def test_a_public_titok_reconstructs(tmp_path, monkeypatch, capsys):
     refused("python -m extras.pretrained titok titok.bin", "no images")
 
 
+def test_weights_in_half_precision(toy, tmp_path):
+    """They load, sample and reconstruct as the checkpoints they were made from."""
+    for name in ("nativetok_4_stage2", "ar_nativetok_4"):
+        made = f"python -m extras.pretrained half {toy}/{name}.pt --out {tmp_path}"
+        run(made)
+        assert (tmp_path / f"{name}.pt").stat().st_size < (toy / f"{name}.pt").stat().st_size / 4
+    refused(made, "exists", "--overwrite")
+    (ar, tokenizer), (whole_ar, whole_tokenizer) = (
+        generator.load_pair(folder / "ar_nativetok_4.pt") for folder in (tmp_path, toy))
+    for half, whole in ((ar, whole_ar), (tokenizer, whole_tokenizer)):
+        for p, q in zip(half.parameters(), whole.parameters(), strict=True):
+            assert p.dtype == torch.float32 and torch.equal(p, q.half())
+    assert tokenizer.fine_tuned and ar.classes == list(data.SHAPES)
+
+
+def test_the_toy_weights_of_make_sample(tmp_path):
+    folder = ROOT / "assets/toy"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 9e6
+    run(f"python generator.py --config toy --mode ar --sample 8 --out {folder} --output "
+        f"{tmp_path}/samples.png")
+    assert Image.open(tmp_path / "samples.png").size == (8 * 66 - 2, 64)
+    run(f"python tokenizer.py --config toy --reconstruct {tmp_path}/samples.png --out {tmp_path} "
+        f"--checkpoint {folder}/nativetok_16_stage2.pt")
+    assert Image.open(tmp_path / "reconstruct.png").size == (2 * 130 - 2, 128)
+
+
 # ---- Training as real processes (trainer.py and all five loops)
 
 STAGES = {      # what each stage's checkpoint is called, and its command without the steps
@@ -752,10 +778,10 @@ def content(path):
     if path.suffix in (".json", ".jsonl"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         return [without_times(json.loads(line)) for line in lines]
-    if path.suffix == ".md":    # the row of seconds, and the ratio of a step
-        return [line for line in path.read_text().splitlines() if "| | " not in line
+    if path.suffix == ".html":
+        return [line for line in path.read_text().splitlines() if "Seconds: " not in line
                 and "frozen step" not in line]
-    return None if path.name == "losses.png" or path.is_dir() else path.read_bytes()
+    return None if path.is_dir() else path.read_bytes()
 
 
 def assert_same_files(a, b):
@@ -1903,9 +1929,13 @@ def test_report(toy, folder, tmp_path, monkeypatch, capsys):
     printed = reported(f"--out {part} scores")
     assert "| VQGAN" in printed and "| stage 1" not in printed
     assert "python generator.py --mode maskgit --tokens 4" in printed
-    assert not (part / "report.md").exists()
+    assert not (part / "report.html").exists()
 
     out = shutil.copytree(toy, tmp_path / "out", ignore=shutil.ignore_patterns("codes*"))
+    saved = load(out / "nativetok_4_stage2.pt")     # and an untrained TiTok of the same length
+    saved["config"]["model"] = "titok"
+    saved["ema"]["model"] = build(TokenizerConfig(**saved["config"])).state_dict()
+    torch.save(saved, out / "titok_4_stage2.pt")
     printed = reported(f"--out {out}")
     scores, curves = (json.loads((out / name).read_text())
                       for name in ("scores.json", "curves.json"))
@@ -1917,17 +1947,29 @@ def test_report(toy, folder, tmp_path, monkeypatch, capsys):
     assert {*scores["seconds"]} == {"vqgan", "stage1", "hnt", "stage2", "ar", "maskgit", "evaluate"}
     assert curves["lengths"] == [1, 2, 3, 4]
     assert [len(curves[name]) for name in ("bits", "unigram", "mse")] == [4, 4, 4]
-    text = (out / "report.md").read_text()
-    pictures = re.findall(r"!\[\]\((\w+)\.png\)", text)
-    assert pictures == ["reconstructions", "prefixes", "samples_ar", "samples_maskgit", "order",
-                        "losses"] and all((out / f"{name}.png").exists() for name in pictures)
-    table = text.split("## Scores\n\n")[1].split("\n\n")[0]
-    assert table in printed and f"{scores['stage2']['psnr']:.2f}" in table      # on the screen, too
+    page = (out / "report.html").read_text()
+    assert not re.search(r"(src|href)=(?!.data:image/webp;base64,)|url\(|@import|://", page)
+    cells = [line.split("<td>")[1:] for line in page.splitlines() if line.startswith("<tr>")]
+    assert report.markdown(cells) in printed        # the table on the screen, too
+    assert f"{scores['stage2']['psnr']:.2f}" in cells[6]
+    rows = re.findall(r'<div class="row"><span>(.*)</span>\n((?:<img.*\n)+)</div>', page)
+    names, pictures = zip(*rows)
+    slider = [f"{model}, {k} of 4" for model in ("NativeTok", "TiTok") for k in range(5)]
+    assert names[:11] == ("original", *slider) and 'max="4"' in page
+    assert len({*pictures[1:6]}) == len({*pictures[6:11]}) == 5     # each code changes something
+    assert pictures[5] == pictures[names.index("stage 2")]          # of all codes
+    assert {*names[16:]} <= {*data.SHAPES} and names.count("circle") == 2   # AR's and MaskGIT's
+    assert all(line.count("<img") == 10 for line in pictures[:16])
+    assert page.count("<img") == sum(text.count("<img") for text in pictures) + 8      # curves
+    assert all((out / f"{name}.png").exists() for name in ("reconstructions", "prefixes", "order",
+                                                           "samples_ar", "samples_maskgit"))
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(report, "step_ratio", lambda path, device: None)        # saves seconds
+    (out / "titok_4_stage2.pt").unlink()
     assert "matplotlib is missing" in reported(f"--out {out}")
-    assert "losses.png" not in (out / "report.md").read_text()
+    page = (out / "report.html").read_text()
+    assert '<div class="curves"></div>' in page and "TiTok" not in page
 
 
 # ---- Speed and memory (extras/bench.py)

@@ -2,6 +2,7 @@
 
     python -m extras.pretrained vqgan FILE              # MaskGIT-VQGAN: out/full/vqgan.pt
     python -m extras.pretrained titok FILE a.png b.jpg  # TiTok: original, reconstruction, codes
+    python -m extras.pretrained half FILE --out FOLDER  # averaged weights of a run, to give away
 
 | file | published at | read by |
 |---|---|---|
@@ -142,11 +143,28 @@ def load_titok_maskgit(path_or_state_dict, heads=None):
 
 def write_vqgan(file, path, overwrite):
     """The checkpoint that stage 0 would write after training."""
-    if path.exists() and not overwrite:
-        raise BadInput(f"{path}: exists. Give --overwrite or another --out")
     model = load_maskgit_vqgan(file)
     checkpoint = {"stage": "vqgan", "step": 0, "config": asdict(model.config), "settings": {},
-                  "model": model.state_dict(), "ema": {"model": model.state_dict(), "updates": 0}}
+                  "model": model.state_dict()}
+    write(checkpoint, file, path, overwrite)
+
+
+def write_half(file, path, overwrite):
+    """A checkpoint's averaged weights in half precision, without what only --resume reads."""
+    saved = trainer.load_checkpoint(file, ("tokenizer", "ar", "maskgit"), "see README.md")
+    kept = "stage", "step", "config", "training", "settings", "classes", "tokenizer"
+    checkpoint = {name: saved[name] for name in kept if name in saved}
+    checkpoint["model"] = {name: value.half() if value.is_floating_point() else value
+                           for name, value in saved["ema"]["model"].items()}
+    if "tokenizer" in saved:        # the generator's, whose weights are rounded, too
+        tokenizer = generator.load_pair(file)[1].half().float()
+        checkpoint["tokenizer_fingerprint"] = generator.codes_fingerprint(tokenizer)
+    write(checkpoint, file, path, overwrite)
+
+
+def write(checkpoint, file, path, overwrite):
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path}: exists. Give --overwrite or another --out")
     trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
     print(f"{path}: written from {file}")
 
@@ -167,16 +185,18 @@ def reconstruct(file, paths, target):
 
 def main():
     parser = trainer.ArgumentParser(__doc__, prog="-m extras.pretrained")
-    parser.add_argument("what", choices=("vqgan", "titok"))
-    parser.add_argument("file", help="the downloaded weights")
+    parser.add_argument("what", choices=("vqgan", "titok", "half"))
+    parser.add_argument("file", help="the downloaded weights; half: a checkpoint")
     parser.add_argument("images", nargs="*", help="titok: what to encode and decode")
     parser.add_argument("--config", choices=("full", "small"), default="full")
     parser.add_argument("--out", type=Path, help="folder for results, default out/<config>")
-    parser.add_argument("--overwrite", action="store_true", help="vqgan: replace the one there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file there")
     args = parser.parse_args()
     out = args.out or Path("out", args.config)
     if args.what == "vqgan":
         write_vqgan(args.file, out / "vqgan.pt", args.overwrite)
+    elif args.what == "half":
+        write_half(args.file, out / Path(args.file).name, args.overwrite)
     else:
         reconstruct(args.file, args.images, out / "reconstruct.png")
 

@@ -1,6 +1,6 @@
 """Toy scores, pictures and the report of `make demo`.
 
-    python -m extras.report             # report.md, scores.json, curves.json, pictures, in --out
+    python -m extras.report             # report.html, scores.json, curves.json, pictures, in --out
     python -m extras.report scores      # only the table, of the stages that exist so far
 
 Accuracy and the Fréchet distance (not FID) come from the FD-classifier, a small network trained
@@ -10,13 +10,17 @@ Letters: B batch, H W pixels, n images of a set, L tokens, K codes in a codebook
 classifier. Images are float32 [B, 3, H, W] in [0, 1], codes int64 [B, L], labels int64 [B].
 """
 import functools
+import html
 import importlib.util
+import io
 import json
 import math
 import os
 import platform
 import re
+import string
 import time
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -171,8 +175,9 @@ class Bench:
 
 
 def measure(bench, files):
-    """{title: scores} of the stages that exist and of images to compare with. Saves pictures."""
-    scores, images, scale = {}, bench.examples(), 84 // bench.side          # [10, 3, H, W]
+    """({title: scores}, {picture: its rows}) of the stages that exist and of images to compare
+    with. Saves the pictures."""
+    scores, images = {}, bench.examples()                                   # [10, 3, H, W]
     scores["test images"] = {"accuracy": bench.score(bench.images(bench.test))["accuracy"]}
     scores["as many training images"] = {"fd": bench.score(bench.images(bench.train))["fd"]}
     rows = [("original", images)]
@@ -183,13 +188,8 @@ def measure(bench, files):
             model = open_tokenizer(files[stage], bench.device)
             scores[title] = bench.score_reconstructions(model, **how)
             rows.append((title, model.decode_codes(model.encode(images), **how)))
-    data.save_picture(picture_of(rows, scale), bench.out / "reconstructions.png")
-    if "stage 2" in scores:     # model is stage 2's
-        codes = model.encode(images)                                        # [10, L]
-        lengths = sorted({2 ** i for i in range(codes.shape[1].bit_length())} | {codes.shape[1]})
-        rows = [(f"first {k}", model.decode_codes(codes[:, :k])) for k in lengths]
-        data.save_picture(picture_of([("original", images), *rows], scale),
-                          bench.out / "prefixes.png")
+    data.save_picture(picture_of(rows, 84 // bench.side), bench.out / "reconstructions.png")
+    pictures = {"reconstructions": rows}
     there = [stage for stage in ("ar", "maskgit") if files[stage].exists() and "stage 2" in scores]
     pairs = [load_pair(files[stage], files["stage2"], bench.device) for stage in there]
     drawn = bench.in_threads(                                               # [samples, L] each
@@ -198,8 +198,18 @@ def measure(bench, files):
         scores[{"ar": "AR samples", "maskgit": "MaskGIT samples"}[stage]] = {
             **bench.score_samples(codes, tokenizer),
             "guidance_scale": generator.config.guidance_scale}
-        data.save_picture(samples_grid(bench, codes, tokenizer), bench.out / f"samples_{stage}.png")
-    return scores
+        pictures[stage] = rows = sample_rows(bench, codes, tokenizer)
+        data.save_picture(picture_of(rows, 64 // bench.side), bench.out / f"samples_{stage}.png")
+    return scores, pictures
+
+
+def prefixes(model, path, images):
+    """Rows for k = 0 .. L: images [n, 3, H, W], decoded from their first k codes."""
+    tokenizer = open_tokenizer(path, images.device)
+    codes = tokenizer.encode(images)                                        # [n, L]
+    tokens = codes.shape[1]
+    return [(f"{model}, {k} of {tokens}", tokenizer.decode_codes(codes[:, :k]))
+            for k in range(tokens + 1)]
 
 
 def order_curves(bench, ar_path, tokenizer_path):
@@ -245,14 +255,17 @@ def picture_of(rows, scale):
     return picture
 
 
-def samples_grid(bench, codes, tokenizer):
-    """codes [samples, L] of bench.sample_labels -> a picture with one row per class, at most 20."""
+def sample_rows(bench, codes, tokenizer):
+    """codes [samples, L] of bench.sample_labels -> one row per class, at most 20."""
     labels = bench.sample_labels.unique()[:20]
     by_class = [codes[bench.sample_labels == label].to(bench.device) for label in labels]
     columns = min(10, *map(len, by_class))
-    rows = [(bench.test.classes[label], tokenizer.decode_codes(codes[:columns]))
+    return [(bench.test.classes[label], tokenizer.decode_codes(codes[:columns]))
             for label, codes in zip(labels, by_class)]
-    return picture_of(rows, 64 // bench.side)
+
+
+def samples_grid(bench, codes, tokenizer):
+    return picture_of(sample_rows(bench, codes, tokenizer), 64 // bench.side)
 
 
 def side_by_side(pictures, columns):
@@ -294,31 +307,84 @@ def line_plot(title, x_name, curves, levels=None):
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def draw_curves(order, logs, out):
+def curves_of(order, logs):
+    """Pictures of the curves: two of the codes' order, then the loss of each stage."""
     positions = range(1, len(order["bits"]) + 1)
     bits = {"AR generator": (positions, order["bits"]),
             "entropy of the code alone": (positions, order["unigram"])}
     plots = [line_plot("Bits per token", "position in the sequence", bits),
              line_plot("Mean squared error", "first k codes decoded",
                        {"stage 2": (order["lengths"], order["mse"])})]
-    data.save_picture(side_by_side(plots, 2), out / "order.png")
-    plots = []
     for stage, log in logs.items():
         loss = [line["step"] for line in log], [line["loss"] for line in log]
         plots.append(line_plot("Training loss", "step", {stage: loss}))
-    data.save_picture(side_by_side(plots, 2), out / "losses.png")
+    return plots
 
 
 # ---- The report
 
-CAPTIONS = {
-    "reconstructions": "Test images and reconstructions. Stage 2 should be the sharpest.",
-    "prefixes": "Their first codes, decoded: kind and outline should come first, then detail.",
-    "samples_ar": "Samples of the AR generator, one row per class.",
-    "samples_maskgit": "Samples of MaskGIT.",
-    "order": "Left: what a code costs. Right: a steep start says that early codes carry most.",
-    "losses": "Stage 2's loss has an adversarial part and need not fall.",
-}
+PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 52rem; margin: auto; padding: 1rem }
+td { padding: 0 min(0.5rem, 0.6vw); text-align: right; font-size: min(1rem, 3vw) }
+td:first-child { text-align: left }
+input { width: 100%; height: 2rem }
+.row { display: flex; flex-wrap: wrap; gap: 4px; margin-bottom: 0.5rem }
+.row span { width: 100% }
+.row img { width: min(${size}px, 20% - 4px) }
+.curves img { width: 25rem; max-width: 100% }
+@media (prefers-color-scheme: dark) { .curves { filter: invert(0.93) hue-rotate(180deg) } }
+</style>
+<h1>$title</h1>
+<p>$about</p>
+<h2>The first codes</h2>
+<p>Test images, and what their first codes alone decode to: kind and outline should come first,
+then detail. Move the slider from no code to all.</p>
+$originals
+<input type="range" max="$tokens" value="$tokens" aria-label="number of codes">
+<div id="prefixes">$prefixes</div>
+<script>
+const slider = document.querySelector("input"), rows = document.querySelectorAll("#prefixes .row")
+slider.oninput = () => rows.forEach((row, i) =>
+    row.style.display = i % ($tokens + 1) == slider.value ? "" : "none")
+slider.oninput()
+</script>
+<h2>Scores</h2>
+<table>$scores
+</table>
+<p>$note</p>
+<h2>Reconstructions</h2>
+$reconstructions
+<h2>Samples of the AR generator</h2>
+$ar
+<h2>Samples of MaskGIT</h2>
+$maskgit
+<h2>Curves</h2>
+<p>Bits: what a code costs. Error: a steep start says that early codes carry most. Stage 2's loss
+has an adversarial part and need not fall.</p>
+<div class="curves">$curves</div>""")
+
+
+def inline(picture):
+    """A PIL image as HTML that holds all of it."""
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=95, lossless=picture.width <= 64)
+    return f'<img alt="" src="data:image/webp;base64,{b64encode(file.getvalue()).decode()}">\n'
+
+
+def rows_of(named):
+    """[(name, images [n, 3, H, W]), ...] as HTML, one named row each."""
+    text = ""
+    for name, images in named:
+        scale = max(1, 64 // images.shape[-1])
+        pictures = [inline(data.picture_grid(image[None], 1, scale)) for image in images]
+        text += f'<div class="row"><span>{html.escape(name)}</span>\n{"".join(pictures)}</div>\n'
+    return text
 
 
 def markdown(rows):
@@ -331,19 +397,17 @@ def markdown(rows):
 
 
 def table(bench, scores):
-    """The scores as a Markdown table, and what they were measured on."""
-    forms = {"psnr": ".2f", "accuracy": ".3f", "fd": ".2f", "perplexity": ".0f",
-             "guidance_scale": "g"}
-    rows = [["", *forms]]
+    """(rows of texts, what they were measured on)."""
+    forms = {"psnr": ("PSNR, dB", ".2f"), "accuracy": ("accuracy", ".3f"), "fd": ("FD", ".2f"),
+             "perplexity": ("perplexity", ".0f"), "guidance_scale": ("guidance", "g")}
+    rows = [["", *(head for head, _ in forms.values())]]
     for title, values in scores.items():
         rows.append([title, *(f"{values[key]:{form}}" if key in values else ""
-                              for key, form in forms.items())])
-    return f"""{markdown(rows)}
-
-{len(bench.indices):,} images of {bench.test.name}, {len(bench.sample_labels):,} samples. accuracy
-and fd (Fréchet distance; not FID) by a small network trained on the training images.
-Soft: the pixel decoder reads embeddings averaged by probability; argmax: the most probable.
-"""
+                              for key, (_, form) in forms.items())])
+    return rows, f"""{len(bench.indices):,} images of {bench.test.name}, \
+{len(bench.sample_labels):,} samples. Accuracy and FD (Fréchet
+distance; not FID) by a small network trained on the training images. Soft: the pixel decoder reads
+embeddings averaged by probability; argmax: the most probable."""
 
 
 def machine(device):
@@ -356,11 +420,18 @@ def machine(device):
 
 
 def report(args, bench, files, seed):
-    """Measure, write report.md, scores.json, curves.json and the pictures, print the table."""
-    started = time.perf_counter()
-    scores = measure(bench, files)
+    """Measure, write report.html, scores.json, curves.json and the pictures, print the table."""
+    started, images = time.perf_counter(), bench.examples()                 # [10, 3, H, W]
+    scores, pictures = measure(bench, files)
     order = order_curves(bench, files["ar"], files["stage2"])
     ratio = step_ratio(files["stage1"], bench.device)
+    originals, rows = [("original", images)], prefixes("NativeTok", files["stage2"], images)
+    tokens = len(rows) - 1
+    powers = [rows[2 ** i] for i in range(tokens.bit_length())]         # 1, 2, 4, ... codes
+    data.save_picture(picture_of(originals + powers, 84 // bench.side), args.out / "prefixes.png")
+    titok = args.out / f"titok_{tokens}_stage2.pt"
+    if titok.exists():
+        rows += prefixes("TiTok", titok, images)
     settings = trainer.load_checkpoint(files["stage1"], "tokenizer", "python hnt.py")["settings"]
     stages = list(files)
     if reused := settings.get("reused"):        # grown by hnt.py from a shorter one
@@ -369,34 +440,28 @@ def report(args, bench, files, seed):
     logs = {stage: trainer.read_log(files[stage].with_suffix(".jsonl")) for stage in stages}
     seconds = {stage: round(log[-1]["seconds"], 1) for stage, log in logs.items() if log}
     seconds["evaluate"] = round(time.perf_counter() - started, 1)
-    pictures = list(CAPTIONS)
+    curves = []
     if importlib.util.find_spec("matplotlib"):
-        draw_curves(order, logs, args.out)
+        curves = curves_of(order, logs)
+        data.save_picture(side_by_side(curves[:2], 2), args.out / "order.png")
     else:
         print("matplotlib is missing: no curves (pip install matplotlib)")
-        pictures = pictures[:-2]
 
-    test, size, result = bench.test, bench.test.image_size, table(bench, scores)
-    text = f"""# NativeTok, {args.config}: report
-
-{test.name}{test.note}: {len(bench.train):,} training and {len(test):,} test images, {size}x{size}.
-{machine(bench.device)}; torch {torch.__version__}; seed {seed}.
-
-| seconds | {" | ".join(seconds)} |
-| --- |{" ---: |" * len(seconds)}
-| | {" | ".join(f"{value:.0f}" for value in seconds.values())} |
-
-## Scores
-
-{result}
-- Bits per image under the AR generator: {sum(order["bits"]):.1f}; of the codes one by one:
-  {sum(order["unigram"]):.1f}.
-- Time of a frozen step of HNT: {f"{ratio:.2f} of a full one" if ratio else "not grown"}.
-
-## Pictures
-
-"""
-    text += "\n".join(f"![]({name}.png)\n\n{CAPTIONS[name]}\n" for name in pictures)
+    test, size, (cells, note) = bench.test, bench.test.image_size, table(bench, scores)
+    page = PAGE.substitute(
+        {name: rows_of(named) for name, named in pictures.items()},
+        title=f"NativeTok, {args.config}", size=64 if size <= 64 else 128, tokens=tokens,
+        about=f"""{html.escape(test.name + test.note)}: {len(bench.train):,} training and
+{len(test):,} test images, {size}x{size}. {machine(bench.device)}; torch {torch.__version__};
+seed {seed}.<br>
+Seconds: {", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())}.""",
+        originals=rows_of(originals), prefixes=rows_of(rows),
+        scores="".join(f"\n<tr><td>{'<td>'.join(line)}" for line in cells),
+        note=f"""{html.escape(note)}<br>
+Bits per image under the AR generator: {sum(order["bits"]):.1f}; of the codes one by one:
+{sum(order["unigram"]):.1f}.<br>
+Time of a frozen step of HNT: {f"{ratio:.2f} of a full one" if ratio else "not grown"}.""",
+        curves="".join(map(inline, curves)))
     three = ("psnr", "accuracy", "fd")
     argmax = {f"{key}_argmax": scores["stage 1, argmax"][key] for key in three}
     numbers = {"data": test.name, "seed": seed, "seconds": seconds, "vqgan": scores["VQGAN"],
@@ -405,10 +470,10 @@ def report(args, bench, files, seed):
                "ar": scores["AR samples"], "maskgit": scores["MaskGIT samples"],
                "hnt": {"step_ratio": ratio}, "fd_floor": scores["as many training images"]["fd"],
                "classifier": {"test_accuracy": scores["test images"]["accuracy"]}}
-    for name, content in (("report.md", text), ("scores.json", json.dumps(numbers, indent=1)),
+    for name, content in (("report.html", page), ("scores.json", json.dumps(numbers, indent=1)),
                           ("curves.json", json.dumps(order, indent=1))):
         trainer.write_atomically(args.out / name, lambda file: file.write_text(content + "\n"))
-    print(f"{result}\n{args.out / 'report.md'}: the same with pictures")
+    print(f"{markdown(cells)}\n\n{note}\n\n{args.out / 'report.html'}: open it in a browser")
 
 
 def main():
@@ -441,7 +506,8 @@ def main():
     if args.what == "report":
         report(args, bench, files, vqgan["settings"].get("seed"))
     else:
-        print("\n".join([table(bench, measure(bench, files)), *missing]))
+        cells, note = table(bench, measure(bench, files)[0])
+        print("\n".join([markdown(cells), "", note, *missing]))
 
 
 if __name__ == "__main__":
