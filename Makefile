@@ -35,7 +35,7 @@ GET_DATA = if [ "$(DATA)" = auto ]; then $(MAKE) --no-print-directory data/fashi
 .PHONY: demo vqgan classifier stage1 hnt stage2 ar maskgit sample test clean
 demo: .venv/ready
 	@$(PIP) matplotlib
-	@$(GET_DATA)
+	+@$(GET_DATA)
 	$(PY) data.py --data $(DATA) --note $(OUT)/data
 	$(MAKE) --no-print-directory --jobs=3 stage2 ar maskgit classifier
 	$(PY) -m extras.report $(FLAGS)
@@ -169,7 +169,7 @@ IN = --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --resume
 HERE = $(IN) --out $(@D) --seed $(patsubst seed%,%,$(notdir $(@D)))
 .SECONDARY:
 $(PAPER)/vqgan.done: | .venv/ready
-	@$(GET_DATA)
+	+@$(GET_DATA)
 	$(PY) data.py --data $(DATA) --note $(PAPER)/data
 	$(MAKE_VQGAN) && touch $@
 %/vqgan.done: $(PAPER)/vqgan.done
