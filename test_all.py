@@ -2061,6 +2061,7 @@ def test_intervals(ours, others, verdict):
 
 def untrained(folder):
     """What make paper leaves of a seed, of small models that were not trained."""
+    torch.manual_seed(int(folder.name[-1]))
     config = replace(TINY, tokens=8, encoder_layers=1, codebook_size=40)
     sizes = "8 8_stage2 16 16_full 16_reuse 16_stage2 32 32_stage2".split()
     for kind, model, copies in (

@@ -147,7 +147,7 @@ def score_generator(bench, path, tokenizer_path, rfd):
     bits, alone = sum(curves["bits"]), sum(curves["unigram"])
     shares = {f"overlap {m}": 100 * share for m, share in enumerate(token_overlap(ar), 1)}
     return {**scores, "fd minus rfd": scores["fd, guidance 1.5"] - rfd, "bits": bits,
-            "entropies": alone, "explained": 100 - 100 * bits / alone, **shares}
+            "entropies": alone, "explained": 100 - 100 * bits / (alone or math.nan), **shares}
 
 
 def score_seed(args):

@@ -283,7 +283,7 @@ class Paper:
                 numbers[model].append({**curves, "means": {
                     "bits per image under the AR generator": bits,
                     "entropies of the codes alone, summed": alone,
-                    "of these class and context explain, %": 100 - 100 * bits / alone,
+                    "of these class and context explain, %": 100 - 100 * bits / (alone or np.nan),
                     "bits a code tells about the next, mean": np.mean(told),
                     "error of half the codes / of all": error[len(error) // 2 - 1] / error[-1]}})
         rows, plots = [["", *numbers]], []
