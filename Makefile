@@ -2,6 +2,7 @@
 # make demo LONG=1   the same models trained five times longer, in out/toy_long
 # make test          the test suite
 # make paper         the paper's tables and figures at toy size, see below
+# make d2it          the second system, D2iT, at toy size; ends in out/toy/d2it.json and a table
 # Other data:        make demo DATA=folder        Other results folder: make demo OUT=folder
 
 PYTHON ?= python3
@@ -52,6 +53,31 @@ ar: hnt
 	$(PY) generator.py $(FLAGS) --resume --mode ar --tokenizer $(OUT)/nativetok_16.pt $(AR_STEPS)
 maskgit: hnt
 	$(PY) generator.py $(FLAGS) --resume --mode maskgit --tokenizer $(OUT)/nativetok_16.pt $(MASKGIT_STEPS)
+
+# ---- The second system: D2iT (d2it.py), and plain DiT on patches of 2 x 2 and of 1 code. One DVAE;
+# the others three times, seed 0 in OUT. The steps give all three as many FLOPs.
+D2IT = OMP_NUM_THREADS=1 $(PY) d2it.py --config toy --data "$$(cat $(OUT)/data)" --resume
+SEED_IN = --seed $* --out $(OUT)$(patsubst /d2it_seed0,,/d2it_seed$*)
+D2IT_RUNS := $(foreach n,0 1 2,d2it_content_$(n) d2it_dit2_$(n) d2it_dit1_$(n) d2it_grain_$(n))
+.PHONY: d2it d2it_dvae d2it_classifier
+d2it: .venv/ready
+	@$(GET_DATA)
+	$(PY) data.py --data $(DATA) --note $(OUT)/data
+	$(MAKE) --no-print-directory --jobs=2 d2it_dvae d2it_classifier $(D2IT_RUNS)
+	$(PY) -m extras.d2it_report $(FLAGS)
+d2it_dvae:
+	$(D2IT) --stage dvae --out $(OUT)
+	@for n in 1 2; do mkdir -p $(OUT)/d2it_seed$$n; cp $(OUT)/d2it_dvae.pt $(OUT)/d2it_seed$$n; done
+d2it_classifier:
+	OMP_NUM_THREADS=1 $(PY) -m extras.d2it_report classifier $(FLAGS) > /dev/null
+d2it_grain_%: d2it_dvae
+	$(D2IT) --stage grain $(SEED_IN)
+d2it_content_%: d2it_dvae
+	$(D2IT) --stage content $(SEED_IN)
+d2it_dit2_%: d2it_dvae
+	$(D2IT) --stage content --baseline --patch_size 2 --steps 1030 $(SEED_IN)
+d2it_dit1_%: d2it_dvae
+	$(D2IT) --stage content --baseline --patch_size 1 --steps 265 $(SEED_IN)
 
 # Fashion-MNIST where it is, from its own site, or Debian's package; without it the demo draws shapes
 FASHION := http://fashion-mnist.s3-website.eu-central-1.amazonaws.com

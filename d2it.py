@@ -143,7 +143,7 @@ TOY = TrainConfig(steps=600, batch_size=32, learning_rate=2e-3, end_learning_rat
 DIT = TrainConfig(steps=400_000, end_learning_rate=1e-4, warmup=0, beta2=0.999, weight_decay=0.0,
                   ema=0.9999)
 TRAINING = {("dvae", "toy"): replace(TOY, steps=700, learning_rate=4e-3), ("grain", "toy"): TOY,
-            ("content", "toy"): TOY,
+            ("content", "toy"): replace(TOY, steps=540),
             ("dvae", "full"): TrainConfig(micro_batch=16, beta1=0.5, beta2=0.9),    # DQ-VAE's betas
             ("grain", "full"): DIT, ("content", "full"): DIT}
 
@@ -220,14 +220,14 @@ class DVAE(nn.Module):
         """Images [B, 3, H, W] -> what the threshold is for, [B, G, G]."""
         rule, shape = self.config.grain, (len(images), self.config.grid, self.config.grid)
         if rule in ("fine", "coarse"):
-            return torch.full(shape, float(rule == "fine"), device=images.device)
+            return torch.full(shape, math.inf if rule == "fine" else -math.inf).to(images)
         if rule == "random":
             return torch.rand(shape, device=images.device)
         grey = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
         if rule == "entropy":
             return entropy(grey, self.config.region, self.config.sigma)
-        return F.unfold(grey[:, None], self.config.region, stride=self.config.region).var(1).view(
-            shape)
+        regions = F.unfold(grey[:, None], self.config.region, stride=self.config.region)
+        return regions.var(1).view(shape)               # regions: [B, S*S, N]
 
     @torch.no_grad()
     def set_threshold(self, images):
@@ -240,7 +240,8 @@ class DVAE(nn.Module):
     @torch.no_grad()
     def grain_map(self, images):
         """Images [B, 3, H, W] -> bool [B, G, G], by a fixed rule: no gradient, no loss (paper)."""
-        return self.complexity(images) > self.threshold
+        with torch.autocast(images.device.type, enabled=False):
+            return self.complexity(images) > self.threshold
 
     def moments(self, images):
         """Images [B, 3, H, W] -> mean and log-variance of fine codes [B, 2C, 2G, 2G], of coarse
@@ -276,7 +277,6 @@ class DVAE(nn.Module):
         for i, blocks in enumerate(self.up):
             x = blocks(x if i == 0 else F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return F.pixel_shuffle(self.pixel_head(x), self.config.stem) / 2 + 0.5
-
 
     def forward(self, images, grain_map):
         """Images [B, 3, H, W], maps [B, G, G] -> reconstruction [B, 3, H, W], mean KL divergence of
@@ -422,7 +422,7 @@ class GrainTransformer(nn.Module):
         return cells.bool().unflatten(1, (c.grid, c.grid))
 
 
-def grain_loss(network, dvae, images, labels):
+def grain_loss(network, config, dvae, images, labels):
     """Images [B, 3, H, W], labels [B] -> loss, its parts: cross-entropy of masked cells. Their
     number is uniform in 1 .. N, so the expected loss is -log p of a cell, in nats, when cells are
     drawn one by one in random order."""
@@ -551,7 +551,7 @@ class ContentTransformer(nn.Module):
             # the fine regions of each image first, then padding; M >= 1 also if none is fine, for
             # then DistributedDataParallel still finds every parameter in use
             M = max(1, int(is_fine.sum(1).max()))
-            chosen = is_fine.int().argsort(1, descending=True, stable=True)[:, :M]      # [B, M]
+            chosen = is_fine.int().argsort(dim=1, descending=True, stable=True)[:, :M]  # [B, M]
             row = torch.arange(len(x), device=x.device)[:, None]                        # [B, 1]
             real = is_fine[row, chosen]                                     # [B, M], False: padding
             x = self.expand(x[row, chosen]).unflatten(2, (4, -1)) + places[row, chosen]
@@ -667,42 +667,46 @@ def load_stage(path, stage, device="cpu"):
 
 
 def train(args, config, training):
-    """All of the stage's model trains, and a discriminator. Frozen: the DVAE in later stages, the
-    perceptual network."""
+    """All of the stage's model trains, and a discriminator with it. Frozen: the DVAE in later
+    stages, the perceptual network."""
     data.find_folder(args.data)     # what is missing is named before an earlier stage is
-    stage, dvae, name, settings = args.stage, None, f"d2it_{args.stage}", {}
+    stage, name, dvae, settings = args.stage, f"d2it_{args.stage}", None, {}
     if stage != "dvae":
         dvae = load_stage(args.out / "d2it_dvae.pt", "dvae", args.device)
-        config, settings["dvae"] = replace(config, grid=dvae.config.grid), trainer.fingerprint(dvae)
-    size = (config if stage == "dvae" else dvae.config).image_size
+        settings = {"dvae": trainer.fingerprint(dvae)}
+        if dvae.latent_std.eq(1).all():
+            raise BadInput(f"{args.out}/d2it_dvae.pt: not trained to its last step. Continue with "
+                           f"python d2it.py --stage dvae --resume")
+    size = (dvae.config if dvae else config).image_size
     train_set = data.open_dataset(args.data, "train", size, augment=True, draft=True)
-    if stage != "dvae":
-        config = replace(config, num_classes=len(train_set.classes))
+    if dvae:
+        config = replace(config, grid=dvae.config.grid, num_classes=len(train_set.classes))
     if stage == "content":
         config = replace(config, latent_channels=dvae.config.latent_channels)
-        if config.model == "dit":
-            dvae.config, name = replace(dvae.config, grain="fine"), f"dit_{config.patch_size}"
+    if getattr(config, "model", "") == "dit":
+        name, dvae.config = f"dit_{config.patch_size}", replace(dvae.config, grain="fine")
     run = trainer.Run(args, f"d2it_{stage}", name, config, training, train_set, SAMPLING,
                       {"classes": list(train_set.classes)}, **settings)
-    rows = np.random.default_rng(0).permutation(len(train_set))[:4096]
-    some = torch.cat([images for images, _ in data.all_images(train_set, 64, rows)]).to(run.device)
 
-    model = build(config).to(run.device, memory_format=torch.channels_last)
-    network, parts, parameters = run.parallel(model), {}, [*model.parameters()]
+    if training.compile:
+        trainer.compile_methods(Block, "forward")
+    model = build(config).to(run.device, memory_format=torch.channels_last)     # faster
+    network, parameters, parts = run.parallel(model), [*model.parameters()], {}
     if stage == "dvae":
-        model.set_threshold(some)
+        rows = np.random.default_rng(0).permutation(len(train_set))[:2048]
+        images = torch.cat([images for images, _ in data.all_images(train_set, 64, rows)])
+        some_images = images.to(run.device)
+        model.set_threshold(some_images)
+        perceptual = vqgan.perceptual_network(config.perceptual, train_set, args.out, args.convnext,
+                                              run.device)
         discriminator = adversary = None
         if config.gan_weight:
             discriminator = vqgan.Discriminator(grid=min(16, size // 8)).to(run.device)
             adversary, parts["discriminator"] = run.parallel(discriminator), discriminator
             parameters += discriminator.parameters()
-        perceptual = vqgan.perceptual_network(config.perceptual, train_set, args.out, args.convnext,
-                                              run.device)
         loss_fn = partial(dvae_loss, network, model, perceptual, discriminator, adversary)
-    elif stage == "grain":
-        loss_fn = partial(grain_loss, network, dvae)
     else:
-        loss_fn = partial(content_loss, network, config, dvae)
+        loss_fn = partial(grain_loss if stage == "grain" else content_loss, network, config, dvae)
     optimizer = trainer.adamw(parameters, training)
     ema = trainer.Ema(model, training.ema)
     parts.update(model=model, ema=ema, optimizer=optimizer)
@@ -722,7 +726,7 @@ def train(args, config, training):
         optimizer.step()
         ema.update(model)
         if stage == "dvae" and step + 1 == training.steps:
-            ema.model.set_latent_std(some)
+            ema.model.set_latent_std(some_images)
         run.log(step, grad_norm=grad_norm)
         run.save_if_due(step, **parts)
 
