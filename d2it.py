@@ -114,6 +114,7 @@ class ContentConfig:
 
 
 CONFIGS = {"dvae": DVAEConfig, "grain": GrainConfig, "content": ContentConfig}
+# of sampling: may change when a run continues
 SAMPLING = {"sampler", "sampling_steps", "guidance_scale", "unmask_steps", "temperature"}
 # D2iT-B: 10 + 2 layers (paper, Table 4). Of L and XL only the parameters are known: our choice
 D2IT_XL = ContentConfig()
@@ -121,31 +122,32 @@ DIT_XL = ContentConfig("dit", base_layers=28, refine_layers=0)
 D2IT_TOY = ContentConfig(width=96, base_layers=4, refine_layers=2, heads=4, learn_sigma=False,
                          sampler="ddim", sampling_steps=25)
 PRESETS = {
-    "dvae_toy": DVAEConfig(image_size=32, widths=(32, 64, 96), stem=2, res_blocks=1, norm_groups=4,
-                           sigma=0.02, l2_weight=10.0, perceptual="none", gan_weight=0.0,
-                           kl_weight=1e-4, other_maps=0.5),
-    "dvae": DVAEConfig(),
-    "grain_toy": GrainConfig(width=64, layers=3, heads=4, unmask_steps=16),
-    "grain": GrainConfig(),
-    "d2it_toy": D2IT_TOY,
-    "d2it_b": replace(D2IT_XL, width=768, heads=12, base_layers=10, refine_layers=2),
-    "d2it_l": replace(D2IT_XL, width=1024, base_layers=20),
-    "d2it_xl": D2IT_XL,
-    "dit_toy": replace(D2IT_TOY, model="dit", base_layers=6, refine_layers=0),
-    "dit_b": replace(DIT_XL, width=768, heads=12, base_layers=12),
-    "dit_l": replace(DIT_XL, width=1024, base_layers=24),
-    "dit_xl": DIT_XL,
-}
+    "dvae": {"toy": DVAEConfig(image_size=32, widths=(32, 64, 96), stem=2, res_blocks=1,
+                               norm_groups=4, sigma=0.02, l2_weight=10.0, perceptual="none",
+                               gan_weight=0.0, kl_weight=1e-4, other_maps=0.5),
+             "small": DVAEConfig(), "full": DVAEConfig()},
+    "grain": {"toy": GrainConfig(width=64, layers=3, heads=4, unmask_steps=16),
+              "small": GrainConfig(), "full": GrainConfig()},
+    "content": {"d2it_toy": D2IT_TOY,
+                "d2it_b": replace(D2IT_XL, width=768, heads=12, base_layers=10, refine_layers=2),
+                "d2it_l": replace(D2IT_XL, width=1024, base_layers=20),
+                "d2it_xl": D2IT_XL,
+                "dit_toy": replace(D2IT_TOY, model="dit", base_layers=6, refine_layers=0),
+                "dit_b": replace(DIT_XL, width=768, heads=12, base_layers=12),
+                "dit_l": replace(DIT_XL, width=1024, base_layers=24),
+                "dit_xl": DIT_XL}}
 PAPER = {"d2it_l": "467", "d2it_xl": "687", "dit_l": "458", "dit_xl": "675"}    # M parameters
 TOY = TrainConfig(steps=600, batch_size=32, learning_rate=2e-3, end_learning_rate=1e-4, warmup=50,
                   weight_decay=0.0, ema=0.99, workers=0, log_every=25, save_every=200)
 # DiT's recipe; the paper's is not known
 DIT = TrainConfig(steps=400_000, end_learning_rate=1e-4, warmup=0, beta2=0.999, weight_decay=0.0,
                   ema=0.9999)
-TRAINING = {("dvae", "toy"): replace(TOY, steps=700, learning_rate=4e-3), ("grain", "toy"): TOY,
-            ("content", "toy"): replace(TOY, steps=540),
-            ("dvae", "full"): TrainConfig(micro_batch=16, beta1=0.5, beta2=0.9),    # DQ-VAE's betas
-            ("grain", "full"): DIT, ("content", "full"): DIT}
+DVAE_FULL = TrainConfig(micro_batch=16, beta1=0.5, beta2=0.9)              # DQ-VAE's betas
+TRAINING = {
+    "dvae": {"toy": replace(TOY, steps=700, learning_rate=4e-3), "small": DVAE_FULL,
+             "full": DVAE_FULL},
+    "grain": {"toy": TOY, "small": DIT, "full": DIT},
+    "content": {"toy": replace(TOY, steps=540), "small": DIT, "full": DIT}}
 
 
 # ---- Grain: which regions are fine, and what a code counts
@@ -429,7 +431,7 @@ def grain_loss(network, config, dvae, images, labels):
     cells = dvae.grain_map(images).flatten(1).long()                        # [B, N]
     count = torch.randint(1, cells.shape[1] + 1, (len(cells), 1), device=cells.device)
     masked = torch.rand(cells.shape, device=cells.device).argsort(1) < count    # [B, N]
-    logits = network(cells.masked_fill(masked, MASK), labels).float()         # [B, N, 2]
+    logits = network(cells.masked_fill(masked, MASK), labels).float()       # [B, N, 2]
     loss = F.cross_entropy(logits.flatten(0, 1), cells.flatten(), reduction="none").view_as(cells)
     loss = (loss * masked / count).sum(1).mean()
     return loss, {"bits": loss / math.log(2)}
@@ -444,7 +446,7 @@ ALPHA_BARS = torch.cat([torch.cumprod(1 - BETAS, 0), torch.ones(1)])        # at
 
 def alpha_bar(t, like):
     """The share of z_t's variance that is signal: t int64 [B] -> [B, 1, 1, 1]."""
-    return ALPHA_BARS.to(like.device)[t].to(like.dtype)[:, None, None, None]
+    return ALPHA_BARS.to(like)[t][:, None, None, None]
 
 
 def draw_noise(grain_map, channels, generator=None):
@@ -546,24 +548,30 @@ class ContentTransformer(nn.Module):
         rough = self.rough_head(self.final(x, condition)).unflatten(2, (4, -1))     # [B, N, 4, C]
         # a coarse region has one code, so one prediction
         rough = torch.where(is_fine[..., None, None], rough, rough.mean(2, keepdim=True))
-        final = rough
-        if self.config.refine_layers:
-            # the fine regions of each image first, then padding; M >= 1 also if none is fine, for
-            # then DistributedDataParallel still finds every parameter in use
-            M = max(1, int(is_fine.sum(1).max()))
-            chosen = is_fine.int().argsort(dim=1, descending=True, stable=True)[:, :M]  # [B, M]
-            row = torch.arange(len(x), device=x.device)[:, None]                        # [B, 1]
-            real = is_fine[row, chosen]                                     # [B, M], False: padding
-            x = self.expand(x[row, chosen]).unflatten(2, (4, -1)) + places[row, chosen]
-            x = x.flatten(1, 2)                                             # [B, 4M, D]
-            # padding is no key; in an image without fine regions it sees itself, and none reads it
-            keys = (real | ~real.any(1, keepdim=True)).repeat_interleave(4, 1)          # [B, 4M]
-            for block in self.refine_blocks:
-                x = block(x, condition, keys)
-            correction = self.fine_head(self.final(x, condition)).unflatten(1, (M, 4))
-            correction = correction * real[..., None, None]                 # [B, M, 4, C]
-            final = rough.index_put((row, chosen), correction, accumulate=True)     # [B, N, 4, C]
+        final = rough + self.correction(x, places, condition, is_fine)
         return tuple(from_tokens(p.transpose(2, 3).flatten(2), 2) for p in (final, rough))
+
+    def correction(self, x, places, condition, is_fine):
+        """Tokens of regions x [B, N, D], embeddings of places [B, N, 4, D], is_fine [B, N] ->
+        [B, N, 4, C], 0 in coarse regions. Refine blocks see the codes of an image's fine regions,
+        one token each, and nothing else."""
+        if not self.config.refine_layers:
+            return 0
+        # the fine regions of each image first, then padding. M >= 1 also if none is fine, so that
+        # DistributedDataParallel finds every parameter in use
+        M = max(1, int(is_fine.sum(1).max()))
+        chosen = is_fine.int().argsort(dim=1, descending=True, stable=True)[:, :M]      # [B, M]
+        row = torch.arange(len(x), device=x.device)[:, None]                # [B, 1]
+        real = is_fine[row, chosen]                                         # [B, M], False: padding
+        tokens = self.expand(x[row, chosen]).unflatten(2, (4, -1)) + places[row, chosen]
+        tokens = tokens.flatten(1, 2)                                       # [B, 4M, D]
+        # padding is no key; in an image without fine regions it sees itself, and no one reads it
+        keys = (real | ~real.any(1, keepdim=True)).repeat_interleave(4, 1)  # [B, 4M]
+        for block in self.refine_blocks:
+            tokens = block(tokens, condition, keys)
+        tokens = self.fine_head(self.final(tokens, condition)).unflatten(1, (M, 4))  # [B, M, 4, C]
+        correction = tokens.new_zeros(*places.shape[:3], tokens.shape[3])   # [B, N, 4, C]
+        return correction.index_put((row, chosen), tokens * real[..., None, None])
 
 
 class DiT(nn.Module):
@@ -637,8 +645,8 @@ def sample_latents(model, labels, grain_map, generator=None, **changes):
         prediction, _ = model(z.repeat(R // B, 1, 1, 1), t.repeat(R // B), labels, maps, drop_label)
         noise = prediction[:B, :C]
         if guided:
-            without = prediction[B:, :C]    # class
-            noise = without + c.guidance_scale * (noise - without)
+            without_class = prediction[B:, :C]
+            noise = without_class + c.guidance_scale * (noise - without_class)
         estimate = remove_noise(z, t, noise)
         if c.sampler == "ddim":             # 2010.02502: no new noise
             z = add_noise(estimate, s, noise)
@@ -771,11 +779,12 @@ def sample(args):
 
 def print_params():
     """Parameters of all presets, in millions, beside the paper's."""
-    for name, config in PRESETS.items():
-        with torch.device("meta"):
-            count = sum(p.numel() for p in build(config).parameters())
-        paper = f"   paper: {PAPER[name]}M" if name in PAPER else ""
-        print(f"{name:10} {count / 1e6:8.2f}M{paper}")
+    for stage, presets in PRESETS.items():
+        for name, config in presets.items():
+            with torch.device("meta"):
+                count = sum(p.numel() for p in build(config).parameters())
+            paper = f"   paper: {PAPER[name]}M" if name in PAPER else ""
+            print(f"{stage:8} {name:8} {count / 1e6:8.2f}M{paper}")
 
 
 def main():
@@ -787,9 +796,10 @@ def main():
     if stage == "dvae":
         add("--convnext", metavar="FILE", default="weights/convnext_small.pth",
             help="torchvision's convnext_small, for --perceptual convnext")
-    else:
+    if stage == "content":
         add("--baseline", action="store_true", help="train DiT on fine codes; --patch_size 1 or 2")
-        add("--preset", choices=tuple(PRESETS), metavar="NAME", help="d2it_b, dit_l, .. (--params)")
+        add("--preset", choices=tuple(PRESETS["content"]), metavar="NAME",
+            help="d2it_b, d2it_l, dit_l, .. (--params)")
     add("--params", action="store_true", help="print the sizes of all presets, and the paper's")
     add("--sample", type=int, metavar="N", help="write N new images with their grain maps")
     add("--classes", help="names or numbers, such as 3,bag; default: all")
@@ -799,14 +809,12 @@ def main():
         return print_params()
     if args.sample:
         return sample(args)
-    toy = args.config == "toy"
+    preset = args.config
     if stage == "content":
         size = {"toy": "toy", "small": "b", "full": "xl"}[args.config]
         preset = args.preset or f"{'dit' if args.baseline else 'd2it'}_{size}"
-    else:
-        preset = f"{stage}_toy" if toy else stage
-    training = TRAINING[stage, "toy" if toy else "full"]
-    train(args, trainer.override(PRESETS[preset], args), trainer.override(training, args))
+    train(args, trainer.override(PRESETS[stage][preset], args),
+          trainer.override(TRAINING[stage][args.config], args))
 
 
 if __name__ == "__main__":
