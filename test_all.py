@@ -1897,7 +1897,7 @@ def test_entropy_has_no_favourite_grey_and_meets_the_share():
         assert gain.item() == pytest.approx(math.log(2), abs=1e-3)
     train_set = data.open_dataset("shapes", "train", 16)
     images = torch.cat([images for images, _ in data.all_images(train_set, 500, range(4000))])
-    for rule, share in itertools.product(("entropy", "variance", "random"), (0.3, 0.5)):
+    for rule, share in itertools.product(("entropy", "variance"), (0.3, 0.5)):
         dvae = d2it.DVAE(replace(d2it.PRESETS["dvae"]["toy"], image_size=16, widths=(8, 8, 8),
                                  grain=rule, fine_share=share))
         dvae.set_threshold(images)
@@ -2124,4 +2124,5 @@ def test_d2it_full_size_steps():
     with torch.device("meta"):
         dvae, images = d2it.DVAE(d2it.PRESETS["dvae"]["full"]), torch.empty(1, 3, 256, 256)
         assert dvae.moments(images)[0].shape == (1, 8, 32, 32)
-        assert dvae(images, dvae.grain_map(images))[0].shape == images.shape
+        grain_map = dvae.complexity(images) > 1                 # [1, 16, 16]
+        assert dvae(images, grain_map)[0].shape == images.shape
