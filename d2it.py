@@ -614,12 +614,14 @@ def content_loss(network, config, dvae, images, labels):
 
 def denoising_loss(network, config, z, t, noise, labels, grain_map, drop_label):
     """The dynamic grain loss (our choice of its form): squared error of the noise, each code
-    counted once. The same of the rough prediction, with a weight."""
+    counted once; with all regions fine, DiT's. The same of the rough prediction, with a weight."""
     C, z_t = z.shape[1], add_noise(z, t, noise)
     final, rough = network(z_t, t, labels, grain_map, drop_label)
     parts = {name: per_code_mean((prediction[:, :C] - noise).square(), grain_map).mean()
              for name, prediction in (("mse", final), ("rough", rough))}
-    loss = parts["mse"] + config.rough_weight * parts["rough"]
+    loss = parts["mse"]
+    if config.refine_layers:
+        loss = loss + config.rough_weight * parts["rough"]
     if config.learn_sigma:      # KL divergence of a DDPM step; trains the variance alone
         true_mean, log_q = posterior(z_t, z, t, t - 1)
         estimate = remove_noise(z_t, t, final[:, :C].detach())
