@@ -4,6 +4,7 @@
 # make test          the test suite
 # make paper         the paper's tables and figures at toy size, see below
 # make evidence      its claims tested with longer training, see below
+# make d2it          the second system, D2iT, at toy size; ends in out/toy/d2it.json and a table
 # Other data:        make demo DATA=folder        Other results folder: make demo OUT=folder
 
 PYTHON ?= python3
@@ -28,7 +29,7 @@ endif
 FLAGS = --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
 
 # One thread per process: threads that wait for each other slow everything on a busy machine. The
-# first stages run as two ranks, the later ones side by side.
+# first three stages run as two ranks, the later ones side by side.
 RANKS := $(shell test $$(nproc 2>/dev/null || echo 1) -ge 2 && echo 2 || echo 1)
 TWO_RANKS := OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS)
 GET_DATA = if [ "$(DATA)" = auto ]; then $(MAKE) --no-print-directory data/fashion-mnist; fi
@@ -37,16 +38,16 @@ demo: .venv/ready
 	@$(PIP) matplotlib
 	+@$(GET_DATA)
 	$(PY) data.py --data $(DATA) --note $(OUT)/data
-	$(MAKE) --no-print-directory --jobs=3 stage2 ar maskgit classifier
-	$(PY) -m extras.report $(FLAGS)
+	$(MAKE) --no-print-directory --jobs=3 maskgit ar stage2 classifier
+	$(PY) -m extras.report $(FLAGS) --images 5000
 vqgan:
 	$(TWO_RANKS) vqgan.py $(FLAGS) --resume $(VQGAN_STEPS)
-classifier: stage1
+classifier: hnt
 	@test -e $(OUT)/fd_classifier.pt || OMP_NUM_THREADS=1 $(PY) -m extras.report scores $(FLAGS) > /dev/null
 stage1: vqgan
 	$(TWO_RANKS) tokenizer.py $(FLAGS) --resume --tokens 8 $(TOKENIZER_STEPS)
 hnt: stage1
-	$(PY) hnt.py $(FLAGS) --resume --tokens 16 $(HNT_STEPS)
+	$(TWO_RANKS) hnt.py $(FLAGS) --resume --tokens 16 $(HNT_STEPS)
 stage2: hnt
 	$(PY) tokenizer.py $(FLAGS) --resume --tokens 16 --stage 2 $(STAGE2_STEPS)
 # stage 2 does not change the codes, so generators need not wait for it
@@ -58,6 +59,31 @@ maskgit: hnt
 sample: .venv/ready
 	$(PY) generator.py --config toy --mode ar --sample 64 --seed $(SEED) --out assets/toy \
 	    --output out/samples.png --overwrite
+
+# ---- The second system: D2iT (d2it.py), and plain DiT on patches of 2 x 2 and of 1 code. One DVAE;
+# the others three times, seed 0 in OUT. The steps give all three as many FLOPs.
+D2IT = OMP_NUM_THREADS=1 $(PY) d2it.py --config toy --data "$$(cat $(OUT)/data)" --resume
+SEED_IN = --seed $* --out $(OUT)$(patsubst /d2it_seed0,,/d2it_seed$*)
+D2IT_RUNS := $(foreach n,0 1 2,d2it_content_$(n) d2it_dit2_$(n) d2it_dit1_$(n) d2it_grain_$(n))
+.PHONY: d2it d2it_dvae d2it_classifier
+d2it: .venv/ready
+	+@$(GET_DATA)
+	$(PY) data.py --data $(DATA) --note $(OUT)/data
+	$(MAKE) --no-print-directory --jobs=2 d2it_dvae d2it_classifier $(D2IT_RUNS)
+	$(PY) -m extras.d2it_report $(FLAGS)
+d2it_dvae:
+	$(D2IT) --stage dvae --out $(OUT)
+	@for n in 1 2; do mkdir -p $(OUT)/d2it_seed$$n; cp $(OUT)/d2it_dvae.pt $(OUT)/d2it_seed$$n; done
+d2it_classifier:
+	OMP_NUM_THREADS=1 $(PY) -m extras.d2it_report classifier $(FLAGS) > /dev/null
+d2it_grain_%: d2it_dvae
+	$(D2IT) --stage grain $(SEED_IN)
+d2it_content_%: d2it_dvae
+	$(D2IT) --stage content $(SEED_IN)
+d2it_dit2_%: d2it_dvae
+	$(D2IT) --stage content --baseline --patch_size 2 --steps 1030 $(SEED_IN)
+d2it_dit1_%: d2it_dvae
+	$(D2IT) --stage content --baseline --patch_size 1 --steps 265 $(SEED_IN)
 
 # Fashion-MNIST where it is, from its own site, or Debian's package; without it the demo draws shapes
 FASHION := http://fashion-mnist.s3-website.eu-central-1.amazonaws.com

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import d2it
 import data
 import evaluate
 import generator
@@ -144,7 +145,8 @@ def toy(tmp_path_factory):
     for command in ("vqgan.py", "tokenizer.py --tokens 2", "hnt.py --tokens 4 --strategy reuse",
                     "hnt.py --tokens 4 --steps 10",
                     "tokenizer.py --tokens 4 --stage 2 --discriminator_first 1",
-                    "generator.py --tokens 4 --mode ar", "generator.py --tokens 4 --mode maskgit"):
+                    "generator.py --tokens 4 --mode ar", "generator.py --tokens 4 --mode maskgit",
+                    "d2it.py --stage dvae", "d2it.py --stage grain", "d2it.py --stage content"):
         run(f"python {command.replace('.py', f'.py {SMALL} --steps 4 --out {out}')}")
     return out
 
@@ -2201,3 +2203,285 @@ def test_make_evidence_leaves_complete_seeds_alone(tmp_path):
     plan = run("make -o .venv/ready MAKE='make -o .venv/ready' -n evidence SEEDS=1 "
                f"NUMBERS={tmp_path}")
     assert "train" not in plan and plan.count(".py") == 0
+
+
+# ---- The second system (d2it.py)
+
+TINY_D2IT = replace(d2it.PRESETS["content"]["d2it_toy"], width=16, heads=2, base_layers=1, grid=2,
+                    latent_channels=3, num_classes=2)
+MIXED = torch.tensor([[[1, 0], [0, 0]], [[1, 1], [0, 1]], [[0, 0], [0, 0]]]).bool()    # [3, 2, 2]
+
+
+def random_content(**changes):
+    """Gates and heads start at 0: here all weights are random, so that a fault shows."""
+    torch.manual_seed(0)
+    model = d2it.build(replace(TINY_D2IT, **changes)).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+def content_inputs():       # z_t, t, labels, maps, drop_label
+    torch.manual_seed(1)
+    return (d2it.draw_noise(MIXED, 3), torch.tensor([0, 300, 600]), torch.tensor([0, 1, 0]), MIXED,
+            torch.tensor([False, False, True]))
+
+
+def constant_in_coarse(z, grain_map):
+    corners = d2it.to_fine_grid(z[..., ::2, ::2])
+    return torch.equal(torch.where(d2it.to_fine_grid(grain_map)[:, None], corners, z), corners)
+
+
+def test_d2it_parameter_counts_of_the_paper(capsys):
+    d2it.print_params()
+    lines = capsys.readouterr().out.splitlines()
+    counts = {line.split()[1]: float(line.split()[2][:-1]) for line in lines}
+    assert (counts["dit_l"], counts["dit_xl"]) == (457.84, 674.83)
+    assert (round(counts["d2it_l"]), round(counts["d2it_xl"])) == (467, 687)    # as it prints them
+    assert 0.5 < counts["d2it_toy"] < 1.5 and sum("paper" in line for line in lines) == 4
+
+
+def test_entropy_has_no_favourite_grey_and_meets_the_share():
+    for region, sigma in ((16, 0.01), (8, 0.02)):               # full size, toy
+        greys = torch.linspace(0, 1, 21)[:, None, None].expand(-1, region, region)
+        flat = d2it.entropy(greys, region, sigma)               # [21, 1, 1], black and white too
+        assert flat.max() - flat.min() < 1e-3
+        halves = torch.where(torch.arange(region) < region // 2, 0.2, 0.9).expand(1, region, region)
+        gain = d2it.entropy(halves, region, sigma) - flat[0]    # two greys: one bit more
+        assert gain.item() == pytest.approx(math.log(2), abs=1e-3)
+    train_set = data.open_dataset("shapes", "train", 16)
+    images = torch.cat([images for images, _ in data.all_images(train_set, 500, range(4000))])
+    for rule, share in itertools.product(("entropy", "variance"), (0.3, 0.5)):
+        dvae = d2it.DVAE(replace(d2it.PRESETS["dvae"]["toy"], image_size=16, widths=(8, 8, 8),
+                                 grain=rule, fine_share=share))
+        dvae.set_threshold(images)
+        shares = dvae.grain_map(images).float().mean((1, 2))    # [4000]
+        assert shares.mean().item() == pytest.approx(share, abs=0.01)
+        assert shares.std() > 0.1                               # the set's share, not the image's
+
+
+def test_one_draw_of_noise_per_code_and_unit_variance_at_every_t():
+    torch.manual_seed(0)
+    grain_map = torch.tensor([[True, False], [False, False]]).expand(20_000, 2, 2)
+    noise, z = d2it.draw_noise(grain_map, 1), d2it.draw_noise(grain_map, 1)     # [B, 1, 4, 4]
+    assert constant_in_coarse(noise, grain_map)
+    codes = torch.cat([noise[:, 0, :2, :2].flatten(1), noise[:, 0, 0, 2:3], noise[:, 0, 2, ::2]], 1)
+    torch.testing.assert_close(codes.T.cov(), torch.eye(7), atol=0.05, rtol=0)  # independent
+    for t in (0, 500, 999):     # of four draws the mean would have a quarter of the noise
+        z_t = d2it.add_noise(z, torch.full((20_000,), t), noise)
+        assert F.avg_pool2d(z_t, 2)[:, 0, 1, 1].var().item() == pytest.approx(1, abs=0.05)
+        assert z_t[:, 0, 0, 0].var().item() == pytest.approx(1, abs=0.05)
+
+
+def test_ddpm_is_exact_on_the_codes():
+    """With the exact prediction for codes of variance 1, all 1000 steps keep that variance."""
+    def exact(z_t, t, *_):
+        return ((1 - d2it.alpha_bar(t, z_t)).sqrt() * z_t,) * 2
+
+    exact.config = replace(TINY_D2IT, sampler="ddpm", sampling_steps=1000, guidance_scale=1.0)
+    grain_map = torch.tensor([[True, False], [False, True]]).expand(300, 2, 2)
+    z = d2it.sample_latents(exact, torch.zeros(300).long(), grain_map, seeded())
+    for place in ((0, 2), (0, 0)):                              # of a coarse region, of a fine one
+        assert z[:, :, *place].var().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_latents_stay_constant_in_coarse_regions(sampler, guidance_scale, learn_sigma):
+    model, seen = random_content(learn_sigma=learn_sigma), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    z = d2it.sample_latents(model, torch.tensor([0, 1, 1]), MIXED, seeded(), sampler=sampler,
+                            sampling_steps=6, guidance_scale=guidance_scale)
+    assert [inputs[1][0].item() for inputs in seen] == [999, 832, 666, 499, 332, 166]
+    for z_t, t, labels, maps, drop_label in seen:
+        assert constant_in_coarse(z_t, maps) and torch.equal(maps[:3], MIXED)
+        if guidance_scale > 1:                          # one pass, the same map in both halves
+            assert torch.equal(maps[3:], MIXED) and torch.equal(z_t[:3], z_t[3:])
+            assert drop_label.tolist() == [False] * 3 + [True] * 3
+    assert constant_in_coarse(z, MIXED) and z.isfinite().all()
+    fine = z[1, :, :2, :2].flatten(1)
+    assert (fine[:, 0] != fine[:, 1]).all()             # the four codes of a fine region differ
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_each_code_counts_once(learn_sigma):
+    values = torch.zeros(1, 3, 4, 4)
+    values[:, :, :2, :2] = torch.tensor([1.0, 2, 3, 4]).view(2, 2)      # the fine region
+    values[:, :, 2:, 2:] = 7.0                                          # one of three coarse ones
+    mean = d2it.per_code_mean(values, MIXED[:1])
+    assert mean.item() == pytest.approx((1 + 2 + 3 + 4 + 7) / (4 + 3))
+    noise, t, labels, maps, drop_label = content_inputs()
+    z, model = torch.randn(3, 3, 4, 4), random_content(learn_sigma=learn_sigma, refine_layers=0)
+    fine = torch.ones_like(maps)
+    loss, parts = d2it.denoising_loss(model, model.config, z, t, noise, labels, fine, drop_label)
+    predicted = model(d2it.add_noise(z, t, noise), t, labels, fine, drop_label)[0][:, :3]
+    torch.testing.assert_close(parts["mse"], F.mse_loss(predicted, noise))      # plain DiT's
+    assert learn_sigma or loss == parts["mse"]
+    # of several ranks or micro-batches: the mean of theirs
+    model, inputs = random_content(learn_sigma=learn_sigma), (z, t, noise, labels, maps, drop_label)
+    whole = d2it.denoising_loss(model, model.config, *inputs)[0]
+    alone = [d2it.denoising_loss(model, model.config, *(x[i:i + 1] for x in inputs))[0]
+             for i in range(3)]
+    torch.testing.assert_close(whole, sum(alone) / 3)
+
+
+def test_refine_blocks_see_the_fine_codes_of_their_image_and_nothing_else():
+    model, inputs = random_content(), content_inputs()
+    final, rough = model(*inputs)
+    for i in range(3):                                  # alone, without the others' padding
+        alone = model(*(x[i:i + 1] for x in inputs))
+        torch.testing.assert_close(alone, (final[i:i + 1], rough[i:i + 1]))
+    fine = d2it.to_fine_grid(MIXED)[:, None].expand_as(final)
+    assert torch.equal(final[~fine], rough[~fine]) and (final[fine] != rough[fine]).all()
+    assert constant_in_coarse(final, MIXED)
+    final.square().sum().backward()                     # the third image has no fine region
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_without_correction_the_rough_prediction_is_left():
+    model, without = random_content(), random_content(refine_layers=0)
+    without.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(without(*content_inputs())[0], model(*content_inputs())[1])
+    fresh = d2it.build(TINY_D2IT)                       # as training starts
+    assert fresh(*content_inputs())[0].eq(0).all()
+    nn.init.normal_(fresh.rough_head.weight)
+    final, rough = fresh(*content_inputs())
+    assert torch.equal(final, rough) and rough.abs().max() > 0
+    x, condition = torch.randn(2, 5, 16), torch.randn(2, 16)
+    assert torch.equal(fresh.refine_blocks[0](x, condition), x)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_dit_baseline_reads_and_writes_patches_in_place(size):
+    z_t, *others = content_inputs()
+    assert torch.equal(d2it.from_tokens(d2it.to_tokens(z_t, size), size), z_t)
+    model = random_content(model="dit", patch_size=size, refine_layers=0)
+    moved, still = model(z_t.roll(2, -1), *others)[0], model(z_t, *others)[0]
+    assert (moved - still.roll(2, -1)).abs().max() > 1e-3       # positions count
+    model.positions.zero_()
+    moved, still = model(z_t.roll(2, -1), *others)[0], model(z_t, *others)[0]
+    torch.testing.assert_close(moved, still.roll(2, -1))
+
+
+def test_latents_of_both_grains_have_unit_variance_and_decode_undoes_it(toy):
+    fine, coarse = load(toy / "d2it_dvae.pt")["ema"]["model"]["latent_std"].flatten().tolist()
+    assert fine != coarse and 1 not in (fine, coarse)   # estimated, and in the checkpoint
+    dvae = d2it.load_stage(toy / "d2it_dvae.pt", "dvae")
+    images = next(data.all_images(data.open_dataset("shapes", "train", 32), 1000))[0]
+    z, grain_map = dvae.encode(images)
+    assert constant_in_coarse(z, grain_map)
+    for mine in (grain_map, ~grain_map):
+        codes = z.movedim(1, -1)[d2it.to_fine_grid(mine)]
+        assert codes.square().mean().item() == pytest.approx(1, abs=0.1)
+    before = dvae.decode(z[:4], grain_map[:4])
+    dvae.latent_std.fill_(1)
+    torch.testing.assert_close(dvae.decode(dvae.encode(images[:4])[0], grain_map[:4]), before)
+    for rule in ("fine", "coarse"):                     # --baseline: the same DVAE, all fine
+        dvae.config = replace(dvae.config, grain=rule)
+        assert dvae.grain_map(images).eq(rule == "fine").all()
+
+
+def test_grain_model_learns_the_exact_conditional_and_draws_joint_maps():
+    """Class 0: all fine (3 of 4) or all coarse. Class 1: one of two opposite checkerboards."""
+    torch.manual_seed(0)
+    config = d2it.GrainConfig(width=32, layers=2, heads=2, grid=2, num_classes=2, unmask_steps=4)
+    model = d2it.GrainTransformer(config)
+    maps = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]],
+                         [[1, 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0]]])     # [2, 4, N]
+    cells, labels = maps.repeat(1, 16, 1).flatten(0, 1), torch.arange(2).repeat_interleave(64)
+    dvae = SimpleNamespace(grain_map=lambda images: cells.bool().view(-1, 2, 2))
+    uniform = d2it.grain_loss(lambda x, _: torch.zeros(*x.shape, 2), config, dvae, None, labels)
+    assert uniform[1]["bits"].item() == pytest.approx(1)    # of masked cells only
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        d2it.grain_loss(model, config, dvae, None, labels)[0].backward()
+        optimizer.step()
+    p = model(torch.full((2, 4), d2it.MASK), torch.arange(2)).softmax(-1)[..., 1]
+    torch.testing.assert_close(p, torch.tensor([[0.75] * 4, [0.5] * 4]), atol=0.08, rtol=0)
+    p = model(torch.tensor([[2, 2, 0, 2], [0, 2, 2, 2]]), torch.arange(2)).softmax(-1)[..., 1]
+    torch.testing.assert_close(p[:, [1, 3]], torch.tensor([[0.0, 0], [1, 0]]), atol=0.04, rtol=0)
+    # nothing is known of a cell only where all 4 are masked, 1 time in 4
+    loss = [d2it.grain_loss(model, config, dvae, None, labels)[0].item() for _ in range(40)]
+    exact = (0.5623 + 0.6931) / 2 / 4                   # entropies of (3/4, 1/4) and (1/2, 1/2)
+    assert np.mean(loss) == pytest.approx(exact, abs=0.03)
+    labels = torch.arange(2).repeat_interleave(400)
+    drawn = model.generate(labels, seeded()).flatten(1).long()          # [800, N]
+    wanted = (drawn[:, None] == maps[labels]).all(-1).any(1)            # independent: 1 in 3, in 8
+    assert wanted.float().mean() > 0.95
+    assert drawn[:400].float().mean().item() == pytest.approx(0.75, abs=0.08)
+
+
+@pytest.mark.parametrize("stage", ["dvae", "grain", "content", "content --baseline"])
+def test_d2it_resumes_bit_for_bit(toy, tmp_path, stage):
+    name = "dit_2" if "baseline" in stage else f"d2it_{stage}"
+    outs = [folder_without(toy, tmp_path / part, name) for part in ("whole", "parts")]
+    command = f"python d2it.py --stage {stage} {SMALL} --warmup 1 --resume"
+    for out, steps in ((outs[0], 3), (outs[1], 2), (outs[1], 3)):       # at one learning rate
+        run(f"{command} --learning_rate 1e-3 --end_learning_rate 1e-3 --steps {steps} --out {out}")
+    assert equal(*(load(out / f"{name}.pt") for out in outs))
+
+
+# random draws differ between ranks by design: here all are the same
+SAME_DRAWS = """
+import torch, d2it, trainer
+torch.rand = lambda *shape, **_: torch.full(shape if isinstance(shape[0], int) else shape[0], 0.4)
+torch.randn = lambda *shape, **_: torch.linspace(-1, 1, shape[-1]).expand(shape).contiguous()
+torch.randn_like = lambda x: torch.full_like(x, 0.3)
+torch.randint = lambda *limits, **_: torch.full(limits[-1], 3)
+trainer.launch(d2it.main)
+"""
+
+
+@pytest.mark.parametrize("stage", ["dvae", "content"])
+def test_d2it_on_two_ranks_is_d2it_on_one(toy, tmp_path, stage):
+    (tmp_path / "same.py").write_text(SAME_DRAWS)
+    outs = [folder_without(toy, tmp_path / part, f"d2it_{stage}") for part in ("one", "two")]
+    for launcher, out in zip(("python {}", TWO), outs):
+        said = run(launcher.format(f"{tmp_path}/same.py --stage {stage} {SMALL} --steps 2 "
+                                   f"--warmup 1 --learning_rate 1e-4 --out {out}"), fresh=True)
+    assert "2 processes x 4 x 1" in said
+    one, two = (load(out / f"d2it_{stage}.pt")["model"] for out in outs)
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5, msg=key)
+
+
+def test_d2it_samples_and_says_what_is_missing(toy, tmp_path):
+    command = f"python d2it.py --config toy --out {toy} --sample 4 --seed 1 --sampling_steps 3"
+    for name, classes in (("ring", "ring"), ("again", "ring"), ("others", "star,3")):
+        run(f"{command} --classes {classes} --output {tmp_path}/{name}.png")
+    ring, again, others = ((tmp_path / f"{name}.png").read_bytes()
+                           for name in ("ring", "again", "others"))
+    assert again == ring != others
+    assert Image.open(tmp_path / "ring.png").size == (8 * 66 - 2, 64)       # image beside map
+    refused(f"{command} --classes strr", "strr", "star")
+    out = folder_without(toy, tmp_path / "out", "d2it_dvae")
+    grain = f"python d2it.py --stage grain {SMALL} --overwrite --out {out}"
+    refused(grain, "d2it_dvae.pt: not found", "python d2it.py --stage dvae")
+    saved = load(toy / "d2it_dvae.pt")
+    for entry in (saved["model"], saved["ema"]["model"]):       # as before the last step
+        entry["latent_std"].fill_(1)
+    torch.save(saved, out / "d2it_dvae.pt")
+    refused(grain, "not trained to its last step", "--resume")
+    refused(f"python d2it.py --config toy --out {out} --sample 4", "d2it_grain.pt", "--overwrite")
+
+
+def test_d2it_full_size_steps():
+    """A step with the learned variance, at D2iT-B's width and grid; the DVAE without data."""
+    torch.manual_seed(0)
+    config = replace(d2it.PRESETS["content"]["d2it_b"], base_layers=1, refine_layers=1)
+    model, grain_map = d2it.build(config), torch.rand(1, 16, 16) < 0.5
+    z, noise = d2it.draw_noise(grain_map, 4), d2it.draw_noise(grain_map, 4)
+    t, no = torch.tensor([300]), torch.tensor([False])
+    loss, parts = d2it.denoising_loss(model, config, z, t, noise, t, grain_map, no)
+    assert parts["mse"].item() == pytest.approx(1, abs=0.1) and 0 < parts["kl"] < 1     # heads: 0
+    all_of_it, kl = (torch.autograd.grad(part, model.fine_head.weight, retain_graph=True)[0]
+                     for part in (loss, parts["kl"]))
+    assert all_of_it.abs().amax(1).min() > 0                    # all channels learn, but
+    assert kl[:4].eq(0).all() and kl[4:].abs().max() > 0        # of the KL the variance alone
+    with torch.device("meta"):
+        dvae, images = d2it.DVAE(d2it.PRESETS["dvae"]["full"]), torch.empty(1, 3, 256, 256)
+        assert dvae.moments(images)[0].shape == (1, 8, 32, 32)
+        grain_map = dvae.complexity(images) > 1                 # [1, 16, 16]
+        assert dvae(images, grain_map)[0].shape == images.shape

@@ -103,7 +103,7 @@ PRESETS = {
                            decoder_layers=8),
 }
 DEFAULT_TITOK = {"toy": "titok_toy", "small": "titok_small", "full": "titok_l_32"}
-TOY_TRAINING = TrainConfig(steps=1600, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
+TOY_TRAINING = TrainConfig(steps=1200, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
                            warmup=50, ema=0.99, workers=0, log_every=50, save_every=300,
                            preview_every=600)
 TRAINING = {

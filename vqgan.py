@@ -62,7 +62,7 @@ PRESETS = {
                        perceptual_weight=0.03, revive_below=0.05),
     "small": VQGANConfig(), "full": VQGANConfig()}
 TRAINING = {
-    "toy": TrainConfig(steps=1500, batch_size=16, learning_rate=4e-3, end_learning_rate=1e-4,
+    "toy": TrainConfig(steps=1300, batch_size=16, learning_rate=4e-3, end_learning_rate=1e-4,
                        warmup=50, ema=0.995, workers=0, log_every=25, save_every=200,
                        preview_every=200),
     "small": TrainConfig(), "full": TrainConfig()}
