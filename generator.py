@@ -94,7 +94,7 @@ TRAINING = {
     "maskgit_full": TrainConfig(batch_size=2048, micro_batch=512, learning_rate=2e-4,
                                 warmup=10_000, beta2=0.96, weight_decay=0.03),
 }
-TRAINING["maskgit_toy"] = replace(TRAINING["ar_toy"], steps=900, beta2=0.96, weight_decay=0.03)
+TRAINING["maskgit_toy"] = replace(TRAINING["ar_toy"], steps=1100, beta2=0.96, weight_decay=0.03)
 TRAINING |= {f"{mode}_small": replace(TRAINING[f"{mode}_full"], micro_batch=128)
              for mode in ("ar", "maskgit")}
 

@@ -37,7 +37,7 @@ from trainer import BadInput, TrainConfig
 
 FROZEN_SHARE = {"full": 0.0, "reuse": 1.0, "reuse+finetune": 0.9}       # of the steps
 TRAINING = {
-    "toy": TrainConfig(steps=800, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
+    "toy": TrainConfig(steps=1000, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
                        warmup=20, ema=0.99, workers=0, log_every=40, save_every=300,
                        preview_every=600),
     "small": TrainConfig(), "full": TrainConfig()}    # 450,000 steps frozen, as in appendix F.1

@@ -103,7 +103,7 @@ PRESETS = {
                            decoder_layers=8),
 }
 DEFAULT_TITOK = {"toy": "titok_toy", "small": "titok_small", "full": "titok_l_32"}
-TOY_TRAINING = TrainConfig(steps=1200, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
+TOY_TRAINING = TrainConfig(steps=1600, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
                            warmup=50, ema=0.99, workers=0, log_every=50, save_every=300,
                            preview_every=600)
 TRAINING = {
@@ -325,7 +325,8 @@ class NativeTok(nn.Module):
         self.config = config
         self.make_encoder(config)
         # Another quantizer goes here; vqgan.VectorQuantizer says which methods it needs.
-        self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim, l2_norm=True)
+        self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim, l2_norm=True,
+                                         unit_rows=config.revive_below > 0)
         self.decoder = TokenDecoder(config)
         # the VQGAN's codebook and decoder, which stage 2 trains
         self.pixel_codebook = nn.Embedding(config.vqgan.codebook_size, config.vqgan.code_dim)

@@ -62,7 +62,7 @@ PRESETS = {
                        perceptual_weight=0.03, revive_below=0.05),
     "small": VQGANConfig(), "full": VQGANConfig()}
 TRAINING = {
-    "toy": TrainConfig(steps=1300, batch_size=16, learning_rate=4e-3, end_learning_rate=1e-4,
+    "toy": TrainConfig(steps=1500, batch_size=16, learning_rate=4e-3, end_learning_rate=1e-4,
                        warmup=50, ema=0.995, workers=0, log_every=25, save_every=200,
                        preview_every=200),
     "small": TrainConfig(), "full": TrainConfig()}
@@ -143,12 +143,14 @@ class VectorQuantizer(nn.Module):
     l2_norm: both are scaled to length 1, which keeps more codes in use (2110.04627). Losses are
     means: summed over c they would outweigh the reconstruction, and the codebook would collapse.
     Another quantizer needs codes, lookup, forward, update_usage, stats, and here codebook."""
-    def __init__(self, codebook_size, code_dim, l2_norm, commitment=0.25):
+    def __init__(self, codebook_size, code_dim, l2_norm, commitment=0.25, unit_rows=False):
         super().__init__()
         self.l2_norm, self.commitment = l2_norm, commitment
         self.embedding = nn.Embedding(codebook_size, code_dim)
-        # short rows: an optimizer step turns them far, and with l2_norm only the angle counts
-        nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
+        if unit_rows:   # the toy's: of length about 1, as the vectors that revived codes copy
+            nn.init.normal_(self.embedding.weight, std=code_dim ** -0.5)
+        else:           # TiTok's: a step turns short rows far, and with l2_norm only angles count
+            nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
         self.register_buffer("usage", torch.ones(codebook_size))    # [K], 1: the average
         self.pending = []   # (vectors, codes) of this step's micro-batches
 
@@ -213,7 +215,8 @@ class VQGAN(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.quantize = VectorQuantizer(config.codebook_size, config.code_dim, config.l2_norm)
+        self.quantize = VectorQuantizer(config.codebook_size, config.code_dim, config.l2_norm,
+                                        unit_rows=config.revive_below > 0)
         self.decoder = Decoder(config)
 
     def latents(self, images):
