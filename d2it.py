@@ -249,8 +249,8 @@ class DVAE(nn.Module):
         """Images [B, 3, H, W] -> mean and log-variance of fine codes [B, 2C, 2G, 2G], of coarse
         ones [B, 2C, G, G]."""
         x = self.conv_in(F.pixel_unshuffle(images * 2 - 1, self.config.stem))
-        for i, blocks in enumerate(self.down):
-            before, x = x, blocks(x if i == 0 else F.avg_pool2d(x, 2))  # [B, widths[i], ..]
+        for i, level in enumerate(self.down):
+            before, x = x, level(x if i == 0 else F.avg_pool2d(x, 2))  # [B, widths[i], ..]
         return self.fine_head(before), self.coarse_head(x)
 
     @torch.no_grad()
@@ -276,8 +276,8 @@ class DVAE(nn.Module):
         channel (our choice), so that the decoder knows which 2 x 2 places are copies."""
         z = combine(z * self.latent_std[0], z[..., ::2, ::2] * self.latent_std[1], grain_map)
         x = self.from_codes(torch.cat([z, to_fine_grid(grain_map)[:, None].to(z.dtype)], dim=1))
-        for i, blocks in enumerate(self.up):
-            x = blocks(x if i == 0 else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        for i, level in enumerate(self.up):
+            x = level(x if i == 0 else F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return F.pixel_shuffle(self.pixel_head(x), self.config.stem) / 2 + 0.5
 
     def forward(self, images, grain_map):
@@ -471,8 +471,9 @@ def remove_noise(z_t, t, noise):
 
 
 def posterior(z_t, z, t, s, v=-1.0):
-    """q(z_s | z_t, z) of an earlier step s: mean (equation 7) and log-variance. A learned variance,
-    v = -1 .. 1, lies between the posterior's and its upper bound (2102.09672, equation 15)."""
+    """q(z_s | z_t, z) of an earlier step s: mean (DDPM's equation 7) and log-variance. A learned
+    variance, v = -1 .. 1, lies between the posterior's and its upper bound (2102.09672, equation
+    15)."""
     a_t, a_s = alpha_bar(t, z), alpha_bar(s, z)
     beta = 1 - a_t / a_s
     mean = (a_s.sqrt() * beta * z + (a_t / a_s).sqrt() * (1 - a_s) * z_t) / (1 - a_t)
@@ -564,7 +565,7 @@ class ContentTransformer(nn.Module):
         row = torch.arange(len(x), device=x.device)[:, None]                # [B, 1]
         real = is_fine[row, chosen]                                         # [B, M], False: padding
         tokens = self.expand(x[row, chosen]).unflatten(2, (4, -1)) + places[row, chosen]
-        tokens = tokens.flatten(1, 2)                                       # [B, 4M, D]
+        tokens = tokens.flatten(1, 2)       # [B, M, 4, D] -> [B, 4M, D]
         # padding is no key; in an image without fine regions it sees itself, and no one reads it
         keys = (real | ~real.any(1, keepdim=True)).repeat_interleave(4, 1)  # [B, 4M]
         for block in self.refine_blocks:
@@ -694,6 +695,7 @@ def train(args, config, training):
     if stage == "content":
         config = replace(config, latent_channels=dvae.config.latent_channels)
     if getattr(config, "model", "") == "dit":
+        # at full size train its DVAE with --other_maps, or smooth regions have no trained fine codes
         name, dvae.config = f"dit_{config.patch_size}", replace(dvae.config, grain="fine")
     run = trainer.Run(args, f"d2it_{stage}", name, config, training, train_set, SAMPLING,
                       {"classes": list(train_set.classes)}, **settings)
@@ -701,7 +703,7 @@ def train(args, config, training):
     if training.compile:
         trainer.compile_methods(Block, "forward")
     model = build(config).to(run.device, memory_format=torch.channels_last)     # faster
-    network, trained, parts = run.parallel(model), nn.ModuleList([model]), {}
+    network, trained, saved = run.parallel(model), nn.ModuleList([model]), {}
     if stage == "dvae":
         rows = np.random.default_rng(0).permutation(len(train_set))[:2048]
         images = torch.cat([images for images, _ in data.all_images(train_set, 64, rows)])
@@ -712,15 +714,15 @@ def train(args, config, training):
         discriminator = adversary = None
         if config.gan_weight:
             discriminator = vqgan.Discriminator(grid=min(16, size // 8)).to(run.device)
-            adversary, parts["discriminator"] = run.parallel(discriminator), discriminator
+            adversary, saved["discriminator"] = run.parallel(discriminator), discriminator
             trained.append(discriminator)
         loss_fn = partial(dvae_loss, network, model, perceptual, discriminator, adversary)
     else:
         loss_fn = partial(grain_loss if stage == "grain" else content_loss, network, config, dvae)
     optimizer = trainer.adamw(trained, training)
     ema = trainer.Ema(model, training.ema)
-    parts.update(model=model, ema=ema, optimizer=optimizer)
-    run.start(**parts)
+    saved.update(model=model, ema=ema, optimizer=optimizer)
+    run.start(**saved)
     batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
                            training.workers)
 
@@ -738,7 +740,7 @@ def train(args, config, training):
         if stage == "dvae" and step + 1 == training.steps:
             ema.model.set_latent_std(some_images)
         run.log(step, grad_norm=grad_norm)
-        run.save_if_due(step, **parts)
+        run.save_if_due(step, **saved)
 
 
 # ---- Pictures, sizes, command line

@@ -31,7 +31,7 @@ from trainer import ArgumentParser, BadInput, first_line, launch, write_atomical
 
 @functools.cache
 def say(line):
-    """Print a line, once. Each rank does: it reads its own share of the images."""
+    """Print a line, once per process: each rank and worker reads its own share of the images."""
     print(line, flush=True)
 
 
@@ -203,7 +203,8 @@ class Folder(Images):
 
 def list_images(folder, by_class=True):
     """([(class, relative name, size, time of change in ns)], sorted; what is left out, in words).
-    by_class: without those beside folders of classes; where there are none, of class `images`."""
+    by_class: without images beside the folders of classes; if all are, their class is `images`.
+    Hidden files and folders are never listed."""
     found, left_out, visited = [], Counter(), set()
     ends = tuple(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
     for root, inner, names in os.walk(folder, followlinks=True):
@@ -239,8 +240,8 @@ def decode_image(path, image_size, draft=False):
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         stored = image.tile[0][3] if image.format in ("PNG", "TIFF") else ""
-        if image.mode in ("F", "I") and image.format != "PNG" or "I;12" in stored:
-            raise ValueError("the range of its pixels is not known; 8 or 16 bits are read")
+        if (image.mode in ("F", "I") and image.format != "PNG") or "I;12" in stored:
+            raise ValueError("the range of its pixels is not known; up to 8, or 16 bits are read")
         scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(stored)
         if scale and "transparency" in image.info:      # Pillow scales the pixels only
             clear = np.multiply(image.info["transparency"], scale).astype(int)

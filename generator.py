@@ -52,7 +52,7 @@ class GeneratorConfig:
     temperature: float = 1.0        # sampling: of the softmax (AR), of the noise (MaskGIT)
     top_k: int = 0                  # sampling, AR: only the k likeliest codes; 0: all
     sampling_steps: int = 8         # sampling, MaskGIT: forward passes
-    softmax_temperature_annealing: bool = False     # sampling, MaskGIT: logits / 1.3 .. 0.5 (TiTok)
+    softmax_temperature_annealing: bool = False     # sampling, MaskGIT: see generate
 
     def __post_init__(self):
         if self.width % (4 * self.heads):   # 4: pairs of channels, in two halves for rope 2d
@@ -69,7 +69,7 @@ NO_FLAGS = {     # in this mode: what the other one uses, and what is read off t
     "ar": {"label_smoothing", "unmasked_weight", "guidance", "sampling_steps", "codebook_size",
            "softmax_temperature_annealing", "num_classes"},
     "maskgit": {"dropout", "rope", "top_k", "codebook_size", "num_classes"}}
-# TiTok's 8 steps, as the paper's Table 2; of its settings the paper gives only the 8
+# sampled in 8 steps, as in Table 2; the other settings of sampling are TiTok's
 UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, guidance_scale=5.5,
                          softmax_temperature_annealing=True)
 TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4,
@@ -300,8 +300,8 @@ class MaskGITGenerator(nn.Module):
     def generate(self, labels, guidance_scale=1.0, steps=8, guidance="constant", temperature=1.0,
                  softmax_temperature_annealing=False, generator=None):
         """labels int64 [B] -> codes int64 [B, L], in `steps` forward passes, at most L. The scale
-        is constant or grows from 1 (TiTok's constant and linear ones are one less). The noise's
-        temperature falls to 0; annealing divides the logits by what falls to 0.5."""
+        is constant or grows from 1 (TiTok's constant and linear s are 1 + s here). The noise's
+        temperature falls to 0; annealing divides the logits by 0.5 + 0.8 x share of steps left."""
         tokens, device = self.config.tokens, self.pos_embed.device
         steps = min(steps, tokens)
         codes = torch.full((len(labels), tokens), self.mask, device=device)  # [B, L]
@@ -413,7 +413,7 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
     if run.main:    # AR and MaskGIT may start side by side: the second waits for the first
         lock = trainer.lock(folder / ".lock", wait=True)  # noqa: F841, held until the return
         for part in {*folder.glob("part_*")} - {*folder.glob(f"part_{key}_*")}:
-            part.unlink()  # of another tokenizer or of other data
+            part.unlink()  # of another tokenizer, other data or views
     trainer.gather(None)   # rank 0 is here
     for i in range(run.rank, math.ceil(n / BLOCK), run.world):
         part, rows = folder / f"part_{key}_{i:06}.npy", np.arange(n)[i * BLOCK:][:BLOCK]
@@ -578,7 +578,7 @@ def sample_pictures(args, tokenizer_path, path):
                for i, batch in enumerate(labels.split(500)))    # [500, 3, H, W] each
     if args.separate:
         names = [name.replace("/", "-") for name in names]
-        for file in output.glob("*_*.png"):     # of an earlier --sample, and no other files
+        for file in output.glob("*_*.png"):     # what is named as --sample names its files
             number, _, name = file.stem.partition("_")
             if number.isdigit() and len(number) >= 5 and name in names:
                 file.unlink()
@@ -599,9 +599,9 @@ def main():
     sampling = re.search(r"--sample\b", words)
     parser = trainer.command_line(__doc__, *[] if sampling else [TrainConfig])
     add = parser.add_argument
-    add("--tokenizer", metavar="FILE", help="default: that of --tokens in --out")
+    add("--tokenizer", metavar="FILE", help="default: the NativeTok of --tokens in --out")
     add("--preset", choices=tuple(PRESETS), metavar="NAME",
-        help="default <mode>_<config>; also llamagen_l")
+        help="default <mode>_<config>; also llamagen_l, titok_s_128")
     add("--sample", type=int, metavar="N", help="write N new images and stop; see --sample 1 -h")
     if sampling:
         names &= {"mode", "tokens", *SAMPLING}

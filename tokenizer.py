@@ -1,8 +1,8 @@
 """Stages 1 and 2: NativeTok turns an image into a short ordered sequence of codes, and back.
 
     python tokenizer.py --tokens 8                      # stage 1, toy (default), after vqgan.py
-    python tokenizer.py --tokens 16 --stage 2           # stage 2: decoders, after hnt.py
-    python tokenizer.py --tokens 16 --model titok       # the baseline, with equal parameters
+    python tokenizer.py --tokens 16 --stage 2           # stage 2: decoders, after hnt.py or 1
+    python tokenizer.py --tokens 16 --model titok       # the baseline (toy: equal parameters)
     python tokenizer.py --reconstruct a.png b.jpg       # original beside reconstruction, and codes
     torchrun --nproc_per_node=4 tokenizer.py --tokens 128       # full (the default with CUDA)
 
@@ -17,8 +17,8 @@ what a generator has to learn, p(z_i | z_0 .. z_{i-1}), is how the tokens were m
 
 What trains. Stage 1: MIT, experts, to_code, quantizer and token decoder, by cross-entropy against
 the codes that the frozen VQGAN (vqgan.py) gives the image, plus the quantizer's own loss. Stage 2:
-the token decoder and the VQGAN's codebook and decoder, on the pixels, with a discriminator that is
-thrown away afterwards. All that decides the codes is frozen there, so generators trained on them
+the token decoder and copies of the VQGAN's codebook and decoder, on the pixels, with a
+discriminator that is thrown away afterwards. All that decides the codes is frozen there, so generators trained on them
 stay valid. (hnt.py: from L tokens to more.)
 
 A code is a number 0 .. K-1; its code vector, a row of the codebook, has c entries.
@@ -516,8 +516,9 @@ def train_stage1(args):
 # ---- Stage 2: fine-tune the token decoder and the pixel decoder on the pixels
 
 class Stage2Loss(nn.Module):
-    """The decoders' loss: L2, perceptual and, once the discriminator has started, adversarial. From
-    the pixels on in float32, as TiTok: bf16 would put a floor under the perceptual loss."""
+    """The decoders' loss: L2, perceptual and, once the discriminator has started, adversarial. The
+    decoders run under autocast, all after them in float32, as in TiTok: in bf16 the perceptual loss
+    would have a floor."""
     def __init__(self, model, perceptual, config):
         super().__init__()
         self.model, self.perceptual, self.config = model, perceptual, config
@@ -559,7 +560,7 @@ def train_stage2(args):
     tokens, kind = args.tokens or PRESETS[args.config].tokens, args.model or "nativetok"
     source = args.checkpoint or args.out / f"{kind}_{tokens}.pt"
     model = load_tokenizer(source, make=f"python tokenizer.py --model {kind} --tokens {tokens}")
-    for name in ("model", "tokens"):                    # the model comes frozen
+    for name in ("model", "tokens"):                    # both come from the file
         if getattr(args, name) not in (None, getattr(model.config, name)):
             raise BadInput(f"--{name} {getattr(args, name)}: {source} has "
                            f"{getattr(model.config, name)}. Leave it out")
@@ -607,7 +608,7 @@ def train_stage2(args):
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
         decoders_wait = adversarial and step < weights.gan_start + weights.discriminator_first
         rate = trainer.cosine(step, training)
-        trainer.set_lr(optimizer, 0.0 if decoders_wait else rate)       # AdamW's averages move
+        trainer.set_lr(optimizer, 0.0 if decoders_wait else rate)   # at 0 AdamW's averages move on
         gan_step = max(0, step - weights.gan_start)     # its own warm-up and cosine begin there
         gan_rate = weights.discriminator_rate * trainer.cosine(gan_step, gan_training)
         trainer.set_lr(discriminator_optimizer, gan_rate)
