@@ -695,7 +695,7 @@ def train(args, config, training):
     if stage == "content":
         config = replace(config, latent_channels=dvae.config.latent_channels)
     if getattr(config, "model", "") == "dit":
-        # at full size train its DVAE with --other_maps, or smooth regions have no trained fine codes
+        # full size: train its DVAE with --other_maps, or fine codes of smooth regions never train
         name, dvae.config = f"dit_{config.patch_size}", replace(dvae.config, grain="fine")
     run = trainer.Run(args, f"d2it_{stage}", name, config, training, train_set, SAMPLING,
                       {"classes": list(train_set.classes)}, **settings)

@@ -461,7 +461,7 @@ def main():
     either = gfid.add_mutually_exclusive_group()
     either.add_argument("--reference", metavar="PATH",
                         help="folder or .npz; default: --data's train")
-    gfid.add_argument("--tokenizer", metavar="FILE", help="default: its own, after stage 2 if there is one")
+    gfid.add_argument("--tokenizer", metavar="FILE", help="default: its own, stage 2 if it is there")
     gfid.add_argument("--samples", type=int, default=50_000)
     gfid.add_argument("--seed", type=int, default=0, help="of the samples")
     trainer.add_fields(gfid, GeneratorConfig, SAMPLING)
@@ -476,7 +476,7 @@ def main():
     for command in (fid, rfid, gfid):
         command.add_argument("--inception", metavar="FILE", help=f"default: {WEIGHTS}")
         command.add_argument("--json", metavar="FILE", help="for scores and protocol")
-        command.add_argument("--save", metavar="FILE.npz", help="what was scored, for ADM's evaluator")
+        command.add_argument("--save", metavar="FILE.npz", help="what is scored, in ADM's format")
         command.add_argument("--device", help="cpu or cuda; default: cuda if present")
     args = trainer.parse(parser)
     rank, _ = trainer.setup_ranks(args.device)

@@ -18,8 +18,8 @@ what a generator has to learn, p(z_i | z_0 .. z_{i-1}), is how the tokens were m
 What trains. Stage 1: MIT, experts, to_code, quantizer and token decoder, by cross-entropy against
 the codes that the frozen VQGAN (vqgan.py) gives the image, plus the quantizer's own loss. Stage 2:
 the token decoder and copies of the VQGAN's codebook and decoder, on the pixels, with a
-discriminator that is thrown away afterwards. All that decides the codes is frozen there, so generators trained on them
-stay valid. (hnt.py: from L tokens to more.)
+discriminator that is thrown away afterwards. All that decides the codes is frozen there, so
+generators trained on them stay valid. (hnt.py: from L tokens to more.)
 
 A code is a number 0 .. K-1; its code vector, a row of the codebook, has c entries.
 Letters: B batch, H W pixels, N patches, L tokens, D width of MIT and decoder, d width of an expert,
