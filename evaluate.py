@@ -461,7 +461,7 @@ def main():
     either = gfid.add_mutually_exclusive_group()
     either.add_argument("--reference", metavar="PATH",
                         help="folder or .npz; default: --data's train")
-    gfid.add_argument("--tokenizer", metavar="FILE", help="default: its own, stage 2 if it is there")
+    gfid.add_argument("--tokenizer", metavar="FILE", help="default: its own, after stage 2")
     gfid.add_argument("--samples", type=int, default=50_000)
     gfid.add_argument("--seed", type=int, default=0, help="of the samples")
     trainer.add_fields(gfid, GeneratorConfig, SAMPLING)
