@@ -43,7 +43,7 @@ demo: .venv/ready
 vqgan:
 	$(TWO_RANKS) vqgan.py $(FLAGS) --resume $(VQGAN_STEPS)
 classifier: hnt
-	@test -e $(OUT)/fd_classifier.pt || OMP_NUM_THREADS=1 $(PY) -m extras.report scores $(FLAGS) > /dev/null
+	@test -e $(OUT)/fd_classifier.pt || OMP_NUM_THREADS=1 $(PY) -m extras.report scores $(FLAGS) --images 10 > /dev/null
 stage1: vqgan
 	$(TWO_RANKS) tokenizer.py $(FLAGS) --resume --tokens 8 $(TOKENIZER_STEPS)
 hnt: stage1
