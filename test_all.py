@@ -240,6 +240,7 @@ def test_fast_and_recomputed_mocet_equal_plain_in_outputs_and_gradients(layers):
     mocet = tokenizer.MoCET(tokens=5, width=16, heads=2, layers=layers).double().train()
     x_latent = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
     target = torch.randn(2, 5, 16, dtype=torch.float64)
+    assert not tokenizer.recomputed.keywords["preserve_rng_state"]      # it would wait for the GPU
     results = []
     for recompute, forward in ((False, mocet.forward_plain), (False, mocet), (True, mocet)):
         mocet.recompute = recompute
@@ -310,7 +311,7 @@ def test_parameter_counts_of_the_paper(monkeypatch, capsys):
     bench.params(None)
     output = capsys.readouterr().out
     assert all(f"{what}: {total}M parameters" in output for what, total in wanted.items())
-    assert "56.2% of all but the VQGAN" in output
+    assert "56.2% of all but the VQGAN" in output and "teacher 64.32" in output     # GMACs
 
 
 def test_stage2_leaves_codes_alone_and_trains_only_the_decoders(toy):
@@ -1717,8 +1718,13 @@ def test_inception_golden(inception):
     resized = evaluate.tf_resize(images)[0]
     for a, b in ((0, 16), (150, 166), (283, 299)):
         assert (resized[:, a:b, a:b].numpy() == numbers[f"resized_{a}_{b}"]).all()
-    with torch.inference_mode():
+    cudnn, seen = torch.backends.cudnn, []
+    hook = inception.Conv2d_1a_3x3.register_forward_hook(
+        lambda *_: seen.append((cudnn.enabled, cudnn.allow_tf32)))
+    with torch.inference_mode(), cudnn.flags(enabled=True, allow_tf32=True):
         pool, logits = inception(images)
+    hook.remove()
+    assert seen == [(True, False)]      # on a GPU with cuDNN, but exact
     np.testing.assert_allclose(pool, numbers["pool"], atol=1e-5)
     np.testing.assert_allclose(logits, numbers["logits_unbiased"], atol=1e-5)
 
@@ -2124,6 +2130,8 @@ def test_makefile_trains_what_is_missing(tmp_path):
         (tmp_path / f"{file}.done").touch()
     plan = run(f"{make} SEEDS=1")
     assert plan.count("tokenizer.py --config") == 1 and "--model titok" not in plan
+    plan = run(f"{make} SEEDS=1".replace("table3a", "table1"))
+    assert "--rope 2d --tokenizer " + str(tmp_path / "seed0" / "vqgan.pt") in plan
     full = run("make -o .venv/ready table3a CONFIG=full WEIGHTS=none.bin", code=2)
     assert "none.bin: not found" in full and "python" not in full       # before any training
 
