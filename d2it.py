@@ -24,7 +24,7 @@ its four places of the fine grid. It still is one code: one draw of noise, count
 The content transformer predicts the noise roughly, by DiT blocks on one token per region; DiT
 blocks on the codes of the fine regions alone then add a correction.
 
-Sources: the paper's code is not public, and only its abstract, tables and captions were at hand.
+Sources: the paper's code is not public, and only its abstract, tables and captions could be read.
 "Paper" marks what these say, "our choice" what they do not; docs/d2it.md lists all choices. The
 wiring of the content transformer is ours; its parameter counts are the paper's. Three grains would
 need a third head and a second copy in the DVAE, a second threshold, maps of 0, 1, 2, and a merge,

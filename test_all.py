@@ -1364,7 +1364,7 @@ def test_the_next_of_its_class_takes_the_place_of_a_broken_file(folder, capfd, w
     dataset = data.open_dataset(str(folder), "train", 8)
     with pytest.raises(BadInput, match="ant/3.png: cannot be read, so not scored"):
         list(data.all_images(dataset, 5))
-    next(data.batches(dataset, 24, seed=0))     # training goes on
+    next(data.batches(dataset, 24, seed=0))     # training continues
     data.say.cache_clear()
     capfd.readouterr()
     dataset = data.open_dataset(str(folder), "train", 8, draft=True)
