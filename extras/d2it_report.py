@@ -254,7 +254,7 @@ def main():
     add("what", nargs="?", choices=("report", "classifier"), default="report")
     add("--seeds", type=int, default=3, help="how many were trained")
     add("--images", type=int, default=3_000, help="test images to score")
-    add("--samples", type=int, default=400, help="new images to score")
+    add("--samples", type=int, default=300, help="new images to score")
     args = trainer.parse(parser)
     torch.set_num_threads(1)            # Bench has threads of its own
     bench = Bench(args, d2it.PRESETS["dvae"]["toy"].image_size)
