@@ -432,7 +432,9 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
                 np.save(file, codes)
         trainer.write_atomically(part, save)
     trainer.gather(None)  # all parts are there
-    return load_codes(folder)
+    codes = load_codes(folder)
+    trainer.gather(None)  # all ranks have read them: the lock may go
+    return codes
 
 
 def load_codes(folder):  # -> [views, n, L]
