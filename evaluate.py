@@ -15,7 +15,6 @@ import json
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ import data
 import trainer
 from generator import (NO_FLAGS, SAMPLING, GeneratorConfig, load_pair, open_tokenizer,
                        sample_codes)
-from trainer import BadInput, first_line
+from trainer import BadInput
 
 BATCH = 100         # images at once, and samples that are drawn by one random generator
 FEATURES = 2048     # F of Inception's pool
@@ -210,7 +209,7 @@ MIXED = {
 
 
 class InceptionFID(nn.Module):
-    """The Inception-v3 of 2015-12-05, of pytorch-fid's file or state dict, else raises BadInput.
+    """The Inception-v3 of 2015-12-05, of pytorch-fid's file or state dict.
     Pictures uint8 [B, 3, H, W] of any size -> (pool [B, 2048], logits [B, 1008] without bias)."""
     def __init__(self, path_or_state_dict):
         super().__init__()
@@ -224,12 +223,7 @@ class InceptionFID(nn.Module):
             setattr(self, name, Mixed(width, branches))
             width = getattr(self, name).width       # 256, 288, 288, 768 x 5, 1280, 2048, 2048
         self.fc = nn.Linear(2048, 1008)
-        try:
-            # num_batches_tracked may be missing
-            self.load_state_dict(trainer.read_weights(path_or_state_dict))
-        except Exception as error:
-            raise BadInput(f"Inception weights: {first_line(error)}. Get pytorch-fid's "
-                           f"{WEIGHTS.name}: --inception FILE") from error
+        self.load_state_dict(trainer.read_weights(path_or_state_dict))
         self.fingerprint = trainer.fingerprint(self)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -256,34 +250,27 @@ class Pictures:
     size: tuple                     # (H, W)
     read: callable                  # read(start, stop) -> uint8 [stop - start, 3, H, W]
     statistics: dict = field(default_factory=dict)      # ready-made: {"pool": (mu, sigma)}
-    files: frozenset = frozenset()
-    features: dict = field(default_factory=dict)        # by features_of
-    copy: np.ndarray | None = None  # of --save: [n, H, W, 3], filled by features_of
 
     def __post_init__(self):
-        if self.count < 10 and (self.count or not self.statistics):
+        if self.count < 10 and not self.statistics:
             raise BadInput(f"{self.name}: too few. Give 10 or more")
 
 
-def to_uint8(images, rounding="round"):
-    """Images -> pictures. rounding: "round", or "truncate" as TiTok does with its samples."""
+def to_uint8(images):
+    """Images -> pictures."""
     if not images.isfinite().all():
         raise BadInput("images with NaN or infinite values cannot be scored")
-    scaled = images.float().clamp(0, 1) * 255
-    return (scaled.round() if rounding == "round" else scaled).byte()
+    return (images.float().clamp(0, 1) * 255).round().byte()
 
 
 def npz_pictures(path):
     """ADM's .npz: pictures (arr_0), FID's statistics (mu, sigma), or both."""
-    try:
-        found = dict(np.load(path))
-    except Exception as error:
-        raise BadInput(f"{path}: not a folder and not an .npz ({first_line(error)})") from error
-    rows = found.get("arr_0", np.zeros((0, 0, 0, 3), np.uint8))             # [n, H, W, 3]
+    found, statistics = np.load(path), {}
+    rows = found["arr_0"] if "arr_0" in found else np.zeros((0, 0, 0, 3), np.uint8)
     if rows.dtype != np.uint8 or rows.shape[3:] != (3,):
         raise BadInput(f"{path}: arr_0 is {rows.dtype} {rows.shape}, not uint8 [n, H, W, 3]")
-    name, statistics = f"{len(rows):,} pictures of {path}", {}
-    if {"mu", "sigma"} <= found.keys():
+    name = f"{len(rows):,} pictures of {path}"
+    if "mu" in found:
         name += ", for FID the statistics in it"
         statistics["pool"] = np.float64(found["mu"]), np.float64(found["sigma"])
         shapes = [x.shape for x in statistics["pool"] if np.isfinite(x).all()]
@@ -296,9 +283,11 @@ def npz_pictures(path):
 
 def open_pictures(path, size=None):
     """An .npz, or all images in a folder and its folders, of one size; with `size`: their middle
-    square, resized. Raises BadInput for one that cannot be read."""
-    if not Path(path).is_dir():
+    squares, resized. Raises BadInput for one that cannot be read."""
+    if Path(path).is_file():
         return npz_pictures(path)
+    if not Path(path).is_dir():
+        raise BadInput(f"{path}: not a folder of images and not an .npz")
     found, left_out = data.list_images(path, by_class=False)
     files = [Path(path) / name for _, name, *_ in found]
 
@@ -306,7 +295,7 @@ def open_pictures(path, size=None):
         try:
             image = data.decode_image(file, size)
         except Exception as error:
-            raise BadInput(f"{file}: cannot be read ({first_line(error)})") from error
+            raise BadInput(f"{file}: cannot be read ({trainer.first_line(error)})") from error
         return data.square(image, size) if size else np.asarray(image).transpose(2, 0, 1)
 
     shape = picture(files[0]).shape if files else (3, 0, 0)
@@ -319,12 +308,11 @@ def open_pictures(path, size=None):
         return torch.from_numpy(np.stack(images))
 
     name = f"{len(files):,} images of {path}{left_out}"
-    name += f", middle square resized to {size}" if size else ""
-    return Pictures(name, len(files), shape[1:], read,
-                    files=frozenset(str(file.resolve()) for file in files))
+    name += f", middle squares resized to {size}" if size else ""
+    return Pictures(name, len(files), shape[1:], read)
 
 
-def dataset_pictures(dataset, limit, rounding, tokenizer=None, **how):
+def dataset_pictures(dataset, limit, rounding="round", tokenizer=None, **how):
     """The `subset` of a data set; with a tokenizer its reconstructions. how: for decode_codes."""
     indices = subset(dataset, limit)
 
@@ -333,7 +321,7 @@ def dataset_pictures(dataset, limit, rounding, tokenizer=None, **how):
         if tokenizer:
             codes = tokenizer.encode(images.to(next(tokenizer.parameters()).device))    # [B, L]
             images = tokenizer.decode_codes(codes, **how).cpu()
-        return to_uint8(images, rounding)
+        return to_uint8(images)
 
     name = f"{len(indices):,} images of {dataset.name} {dataset.split}{dataset.note}"
     if tokenizer:
@@ -342,7 +330,7 @@ def dataset_pictures(dataset, limit, rounding, tokenizer=None, **how):
     return Pictures(name, len(indices), (dataset.image_size,) * 2, read)
 
 
-def samples(generator, tokenizer, count, seed, rounding, **changes):
+def samples(generator, tokenizer, count, seed, rounding="round", **changes):
     """Classes drawn as often as in the training data. A batch is seeded by (seed, start): the same
     on any number of ranks. changes: of the generator's config."""
     c, device = replace(generator.config, **changes), next(tokenizer.parameters()).device
@@ -351,7 +339,7 @@ def samples(generator, tokenizer, count, seed, rounding, **changes):
     def read(start, stop):
         labels = np.random.default_rng([seed, start]).choice(len(shares), stop - start, p=shares)
         codes = sample_codes(generator, torch.from_numpy(labels), seed * 10 ** 9 + start, **changes)
-        return to_uint8(tokenizer.decode_codes(codes.to(device)).cpu(), rounding)   # codes [B, L]
+        return to_uint8(tokenizer.decode_codes(codes.to(device)).cpu())     # codes [B, L]
 
     used = [name for name in SAMPLING if name not in NO_FLAGS[c.mode]]
     if unused := changes.keys() - used:
@@ -381,25 +369,26 @@ def without_border(images, border):
 # ---- Scores of pictures
 
 @torch.inference_mode()
-def features_of(pictures, inception, device):
-    """{"pool": float32 [n, 2048], "logits": [n, 1008]} on every rank; each computes a share."""
+def features_of(pictures, inception, device, copy=None):
+    """{"pool": float32 [n, 2048], "logits": [n, 1008]} on every rank; each computes a share. copy:
+    uint8 [n, H, W, 3], filled with the pictures."""
     rank, world = trainer.setup_ranks(device)
     starts, found = range(0, pictures.count, BATCH), []
     mine = starts[len(starts) * rank // world:len(starts) * (rank + 1) // world]
     for start in tqdm(mine, "features", unit="batch", leave=False, disable=rank > 0 or None):
         images = pictures.read(start, min(start + BATCH, pictures.count))       # [B, 3, H, W]
         found.append([values.cpu().numpy() for values in inception(images.to(device))])
-        if pictures.copy is not None:
-            pictures.copy[start:start + len(images)] = images.permute(0, 2, 3, 1)
+        if copy is not None:
+            copy[start:start + len(images)] = images.permute(0, 2, 3, 1)
     found = sum(trainer.gather(found), [])      # in order
     return dict(zip(("pool", "logits"), map(np.concatenate, zip(*found))))
 
 
-def compare(real, fake):
-    """({score: value}, notes) of two Pictures, as far as their features and statistics go."""
-    x, y = real.features, fake.features
-    gaussians = [pictures.statistics.get("pool") or feature_statistics(pictures.features["pool"])
-                 for pictures in (real, fake)]
+def compare(real, fake, x, y):
+    """{score: value} of two Pictures and their features, as far as they go. FID takes ready-made
+    statistics where there are some."""
+    gaussians = [pictures.statistics.get("pool") or feature_statistics(features["pool"])
+                 for pictures, features in ((real, x), (fake, y))]
     scores = {"FID": frechet_distance(*gaussians[0], *gaussians[1])}
     if y:
         mean, deviation = inception_score(y["logits"])
@@ -411,17 +400,7 @@ def compare(real, fake):
         scores |= {f"KID x 1000 (100 subsets of {size:,})": 1000 * mean,
                    "  its deviation x 1000": 1000 * deviation}
         scores["precision"], scores["recall"] = precision_recall(x["pool"], y["pool"])
-    notes = []
-    for pictures in (real, fake):
-        if jpegs := sum(file.lower().endswith((".jpg", ".jpeg")) for file in pictures.files):
-            notes.append(f"{pictures.name}: {jpegs:,} are JPEGs")
-        if pictures.features and pictures.count < FEATURES:
-            notes.append(f"warning: {pictures.name}: fewer than FID's 2,048 features")
-    if shared := real.files & fake.files:
-        notes.append(f"warning: {len(shared):,} files are in both sets, such as {min(shared)}")
-    if x and y and real.size != fake.size:
-        notes.append(f"warning: heights and widths {real.size} and {fake.size}: FID sees it")
-    return scores, notes
+    return scores
 
 
 # ---- Command line
@@ -433,24 +412,24 @@ def open_both(args):
     if args.command == "rfid":
         tokenizer = open_tokenizer(args.tokenizer, args.device)
         dataset = data.open_dataset(args.data, "val", tokenizer.config.image_size)
-        pictures = partial(dataset_pictures, dataset, args.images, args.rounding)
         # after stage 1 first the likeliest codes, as in Table 5; then as stage 2 decodes
-        decodes = [{}] if getattr(tokenizer, "fine_tuned", True) else [{"hard": True}, {}]
-        return pictures(), [pictures(tokenizer, **how) for how in decodes]
+        decodes = [{}] if tokenizer.fine_tuned else [{"hard": True}, {}]
+        return (dataset_pictures(dataset, args.images),
+                [dataset_pictures(dataset, args.images, tokenizer=tokenizer, **how)
+                 for how in decodes])
     generator, tokenizer = load_pair(args.generator, args.tokenizer, args.device)
     changes = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
-    fake = samples(generator, tokenizer, args.samples, args.seed, args.rounding, **changes)
+    fake = samples(generator, tokenizer, args.samples, args.seed, **changes)
     if args.reference:
         return open_pictures(args.reference, args.size), [fake]
-    dataset = data.open_dataset(args.data, "train", args.size or tokenizer.config.image_size)
+    dataset = data.open_dataset(args.data, "train", tokenizer.config.image_size)
     if list(dataset.classes) != generator.classes:
         raise BadInput(f"{args.generator}: trained on other classes than --data {args.data}'s")
-    return dataset_pictures(dataset, args.images, args.rounding), [fake]
+    return dataset_pictures(dataset, args.images), [fake]
 
 
 def main():
     parser = trainer.ArgumentParser(__doc__)
-    parser.set_defaults(config=None, data=None, out=None, overwrite=False, deterministic=False)
     commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
     fid, rfid, gfid = (commands.add_parser(name, description=__doc__)
                        for name in ("fid", "rfid", "gfid"))
@@ -458,63 +437,56 @@ def main():
     fid.add_argument("pictures", metavar="B", help="what is scored, as A")
     rfid.add_argument("tokenizer", help="a checkpoint")
     gfid.add_argument("generator", help="a checkpoint")
-    either = gfid.add_mutually_exclusive_group()
-    either.add_argument("--reference", metavar="PATH",
-                        help="folder or .npz; default: --data's train")
     gfid.add_argument("--tokenizer", metavar="FILE", help="default: its own, after stage 2")
     gfid.add_argument("--samples", type=int, default=50_000)
     gfid.add_argument("--seed", type=int, default=0, help="of the samples")
     trainer.add_fields(gfid, GeneratorConfig, SAMPLING)
+    either = gfid.add_mutually_exclusive_group()
+    either.add_argument("--reference", metavar="PATH", help="as A; default: --data's train")
     for command in (rfid, either):
         command.add_argument("--images", type=int, help="images of the data; default: all")
     for command in (rfid, gfid):
-        command.add_argument("--data", help="as in training")
-        command.add_argument("--rounding", choices=("round", "truncate"), default="round",
-                             help="truncate: as TiTok's samples")
+        command.add_argument("--data", default="data/imagenet", help="as in training")
     for command in (fid, gfid):
         command.add_argument("--size", type=int, help="take images' middle square, resized to this")
     for command in (fid, rfid, gfid):
-        command.add_argument("--inception", metavar="FILE", help=f"default: {WEIGHTS}")
-        command.add_argument("--json", metavar="FILE", help="for scores and protocol")
+        command.add_argument("--inception", metavar="FILE", type=Path, default=WEIGHTS)
+        command.add_argument("--json", metavar="FILE", type=Path, help="for scores and protocol")
         command.add_argument("--save", metavar="FILE.npz", help="what is scored, in ADM's format")
         command.add_argument("--device", help="cpu or cuda; default: cuda if present")
-    args = trainer.parse(parser)
+    args = parser.parse_args()
+    args.device = trainer.choose_device(args.device)
     rank, _ = trainer.setup_ranks(args.device)
+    if not args.inception.exists():
+        raise BadInput(f"{args.inception}: not found. Get pytorch-fid's {WEIGHTS.name}, or name it "
+                       f"with --inception FILE")
+    inception = InceptionFID(args.inception).to(args.device)
     real, fakes = open_both(args)
-    fake, protocol = fakes[0], []
-    if args.command != "fid":
-        protocol.append(f"rounding to bytes: {args.rounding}")
+    copy = None
     if args.save:
-        raw = Path(f"{args.save}.npy")
+        raw, fake = Path(f"{args.save}.npy"), fakes[0]
         if rank == 0:
-            raw.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(raw, "w+", np.uint8, (fake.count, *fake.size, 3))
         trainer.gather(None)
-        fake.copy = np.load(raw, mmap_mode="r+")            # each rank writes its share
-    if real.count or fake.count:
-        inception = InceptionFID(args.inception or WEIGHTS).to(args.device)
-        protocol.append(f"network: Inception of 2015, weights {inception.fingerprint}, float32")
-        for pictures in (real, *fakes):
-            if pictures.count:
-                pictures.features = features_of(pictures, inception, args.device)
-    if rank:
-        return
-    results = []
-    for pictures in fakes:
-        scores, notes = compare(real, pictures)
-        values = [f"{name:<42} {value:.4f}" for name, value in scores.items()]
-        notes = [f"reference: {real.name}", f"scored: {pictures.name}", *protocol, *notes]
-        print(*values, *notes, "", sep="\n")
-        results.append({"scores": scores, "protocol": notes})
-    if args.save:
-        def write(path):
-            with open(path, "wb") as file:
-                np.savez(file, fake.copy)       # as arr_0, never all in memory
-        trainer.write_atomically(args.save, write)
+        copy = np.load(raw, mmap_mode="r+")                 # each rank writes its share
+    x, results = features_of(real, inception, args.device), []
+    for i, fake in enumerate(fakes):
+        y = features_of(fake, inception, args.device, None if i else copy)
+        if rank:
+            continue
+        scores = compare(real, fake, x, y)
+        protocol = [f"reference: {real.name}", f"scored: {fake.name}",
+                    f"network: Inception of 2015, weights {inception.fingerprint}, float32"]
+        protocol += [f"warning: {pictures.name}: fewer than FID's {FEATURES:,} features"
+                     for pictures in (real, fake) if 0 < pictures.count < FEATURES]
+        print(*[f"{name:<42} {value:.4f}" for name, value in scores.items()], *protocol, "",
+              sep="\n")
+        results.append({"scores": scores, "protocol": protocol})
+    if args.save and rank == 0:
+        np.savez(args.save, copy)       # as arr_0, never all in memory
         raw.unlink()
-    if args.json:
-        text = json.dumps(results[0] | {"others": results[1:]}, indent=1)
-        trainer.write_atomically(args.json, lambda path: path.write_text(text + "\n"))
+    if args.json and rank == 0:
+        args.json.write_text(json.dumps(results[0] | {"others": results[1:]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

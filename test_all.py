@@ -51,7 +51,7 @@ from extras import bench, evidence, paper, pretrained, report
 from generator import ARGenerator, GeneratorConfig, codes_fingerprint
 from tokenizer import TokenizerConfig, build
 from trainer import BadInput
-from vqgan import ConvNeXtSmall, VQGAN, VQGANConfig, VectorQuantizer
+from vqgan import VQGAN, VQGANConfig, VectorQuantizer
 
 ROOT = Path(__file__).resolve().parent
 GOLDEN = ROOT / "assets" / "golden"
@@ -459,7 +459,6 @@ def test_unused_codes_are_revived_and_used_ones_are_not_moved():
     z = torch.tensor([[1.0, 0.1], [0.1, 1], [-1, 0.1]]).repeat(10, 1)       # never code 3
     quantizer(z)[1].backward()
     quantizer.update_usage(decay=0.0)
-    assert quantizer.stats()["codes_used"] == 0.75
     assert quantizer.stats()["perplexity"].item() == pytest.approx(3)
     before = quantizer.embedding.weight.detach().clone()
     quantizer(z)[1].backward()
@@ -545,8 +544,6 @@ def test_titok_golden():
     logits = model.decoder(z_q)                                             # [1, 16, 1024]
     close(logits[0].T.unflatten(1, (4, 4)), want["logits"], 2e-5)
     close(model.decode_logits(logits)[0], want["decoded"], 1e-4)
-    with pytest.raises(BadInput, match="16 patches of 16 pixels, image_size 256"):
-        pretrained.load_titok(weights)
 
 
 def test_convnext_golden():
@@ -554,7 +551,6 @@ def test_convnext_golden():
     want = golden_tensors("convnext_s")
     images = want["images"]
     close(model(images), want["logits"], 1e-4)
-    close(model.logits((images - model.mean) / model.std), want["logits_native"], 1e-4)
     close(model.perceptual_loss(images[:1], images[1:2]), want["perceptual_01"], 1e-4)
 
 
@@ -563,7 +559,7 @@ def test_convnext_golden():
 def test_generators_golden(name, suffix):
     weights, want = rule_weights(golden(f"{name}_keys.json")), golden_tensors(name)
     if name == "uvit_tiny":
-        model, atol = pretrained.load_titok_maskgit(weights), 2e-5
+        model, atol = pretrained.load_titok_maskgit(weights, heads=4), 2e-5
     else:
         model, atol = pretrained.load_llamagen({"model": weights}, 4, suffix[1:], tokens=16), 5e-5
     codes, labels = want["ids"], want["cls"]
@@ -579,7 +575,7 @@ def test_generators_golden(name, suffix):
 def test_maskgit_samples_as_titok_samples(i):
     """Codes by position and the share of equal neighbours, beside 20,000 samples of the official
     class. With fewer samples only the second is sharp; without annealing it is off by 0.03."""
-    model = pretrained.load_titok_maskgit(rule_weights(golden("uvit_tiny_keys.json")))
+    model = pretrained.load_titok_maskgit(rule_weights(golden("uvit_tiny_keys.json")), heads=4)
     want, n = golden("maskgit_samples_golden.npz"), int(os.environ.get("SAMPLES", 1000))
     case = json.loads(str(want["cases"]))[i]
     scale, guidance = case["guidance_scale"], case["guidance_decay"]
@@ -595,22 +591,15 @@ def test_maskgit_samples_as_titok_samples(i):
 
 
 @pytest.mark.parametrize("name, load, sizes", [
-    ("maskgit_vqgan", pretrained.load_maskgit_vqgan, {"codebook_size": 1024, "code_dim": 256}),
     ("titok_l32", pretrained.load_titok, {
         "tokens": 32, "heads": 16, "patches": 256, "encoder_layers": 24, "decoder_layers": 24}),
     ("llamagen_b", functools.partial(pretrained.load_llamagen, heads=12, rope="2d"), {
         "tokens": 256, "layers": 12, "num_classes": 1000, "codebook_size": 16384}),
     ("uvit_l", pretrained.load_titok_maskgit, {"tokens": 128, "layers": 20, "heads": 16})])
-def test_every_key_of_the_published_file_is_taken_and_no_other(name, load, sizes):
+def test_every_key_of_the_published_file_is_taken(name, load, sizes):
     keys = golden(f"{name}_keys.json")
     with torch.device("meta"):
-        state = {key: torch.empty(shape) for key, shape in keys.items()}
-        model = load(state)
-        key = next(key for key in state if re.search(r"norm\d?\.weight|\.ln_2\.weight", key))
-        without = {other: value for other, value in state.items() if other != key}
-        for wrong in (without, {**state, "x": state[key]}, {**state, key: torch.empty(3)}, {}):
-            with pytest.raises(BadInput, match=r"^weights: cannot be read as.*\Z"):  # one line
-                load(wrong)
+        model = load({key: torch.empty(shape) for key, shape in keys.items()})
     # TiTok: two tables of [32, 1024] are added up into one
     numbers = sum(map(math.prod, keys.values())) - 32 * 1024 * (name == "titok_l32")
     assert sum(p.numel() for p in model.parameters()) == numbers
@@ -626,19 +615,8 @@ def test_weights_are_read_from_every_kind_of_file(tmp_path):
     torch.save({"model": wrapped, "args": argparse.Namespace(steps=5)}, tmp_path / "nested.pt")
     for path in tmp_path.iterdir():
         assert equal(trainer.read_weights(path), state), path
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({**state, "a.bias": torch.tensor([0.0, math.nan])}, tmp_path / "nan.pt")
-    torch.save({**state, "path": tmp_path}, tmp_path / "class.pt")
-    for name, says in (("list.pt", ""), ("nan.pt", "a.bias has numbers that are not finite"),
-                       ("class.pt", "it holds a pathlib.PosixPath.*weights alone"),
-                       ("none.pt", ""), ("none.safetensors", "")):
-        file = tmp_path / name
-        with pytest.raises(BadInput, match=f"{name}: cannot be read as LlamaGen .*{says}"):
-            pretrained.load_llamagen(file, 4, "1d")
-        with torch.device("meta"), pytest.raises(BadInput, match=f"{name}: not torch.*{says}"):
-            ConvNeXtSmall(file)
-    with torch.device("meta"), pytest.raises(BadInput, match="a.bias has numbers that are not"):
-        evaluate.InceptionFID(tmp_path / "nan.pt")
+    with pytest.raises(BadInput, match="a.bias has numbers that are not finite"):
+        trainer.read_weights({**state, "a.bias": torch.tensor([0.0, math.nan])})
 
 
 def test_the_public_vqgan_becomes_a_checkpoint_of_stage_0(tmp_path, monkeypatch):
@@ -661,22 +639,6 @@ def test_a_public_titok_reconstructs(tmp_path, monkeypatch, capsys):
     codes = model.encode(pretrained.data.read_image(tmp_path / "photo.png", 64)[None])[0]
     assert f"photo.png: {' '.join(map(str, codes.tolist()))}\n" in capsys.readouterr().out
     assert Image.open(tmp_path / "pair.png").size == (2 * 64 + 2, 64)
-    refused("python -m extras.pretrained titok titok.bin", "no images")
-
-
-def test_weights_in_half_precision(toy, tmp_path):
-    """They load, sample and reconstruct as the checkpoints they were made from."""
-    for name in ("nativetok_4_stage2", "ar_nativetok_4"):
-        made = f"python -m extras.pretrained half {toy}/{name}.pt --out {tmp_path}"
-        run(made)
-        assert (tmp_path / f"{name}.pt").stat().st_size < (toy / f"{name}.pt").stat().st_size / 4
-    refused(made, "exists", "--overwrite")
-    (ar, tokenizer), (whole_ar, whole_tokenizer) = (
-        generator.load_pair(folder / "ar_nativetok_4.pt") for folder in (tmp_path, toy))
-    for half, whole in ((ar, whole_ar), (tokenizer, whole_tokenizer)):
-        for p, q in zip(half.parameters(), whole.parameters(), strict=True):
-            assert p.dtype == torch.float32 and torch.equal(p, q.half())
-    assert tokenizer.fine_tuned and ar.classes == list(data.SHAPES)
 
 
 def test_the_toy_weights_of_make_sample(tmp_path):
@@ -1027,7 +989,6 @@ def test_bad_flags(tmp_path, monkeypatch):
             "hnt.py --strategy reus": ["reus", "reuse+finetune"],
             "tokenizer.py --device cuda": ["--device cuda", "not present"],
             "tokenizer.py --device gpu": ["--device gpu", "cpu"],
-            "vqgan.py --config toy --image_size 30": ["--image_size 30", "multiple of 4"],
             "vqgan.py --config toy --micro_batch 0": ["--micro_batch 0"],
             "tokenizer.py --model titok --expert_width 8": ["--expert_width: TiTok has no experts"],
             "generator.py --mode ar --guidance_scale nan": ["--guidance_scale", "finite", "nan"],
@@ -1077,11 +1038,8 @@ def test_wrong_checkpoints(toy, tmp_path):
                         "absent": "not found", "nativetok_4": "stage 'tokenizer', wanted vqgan",
                         "size": "another version or size", "nan": "not finite"}.items():
         refused(f"python tokenizer.py {command} --vqgan {out}/{name}.pt", f"{name}.pt", words)
-        says = f"{name}.pt: not torchvision's convnext_small"
-        with torch.device("meta"), pytest.raises(BadInput, match=says):     # meta: no 50M numbers
-            ConvNeXtSmall(out / f"{name}.pt")
     refused(f"python vqgan.py {SMALL} --out {tmp_path} --perceptual convnext --convnext missing",
-            "missing: not torchvision's convnext_small", "--convnext FILE", "--perceptual none")
+            "missing: not found", "convnext_small", "--perceptual none")
     refused(f"python hnt.py {command} --tokens 2", "fewer than 2 tokens", "tokenizer.py --tokens 1")
     refused(f"python hnt.py {command} --tokens 2 --source {out}/nativetok_4.pt", "HNT grows")
     stage2 = f"python tokenizer.py {command} --stage 2"
@@ -1656,9 +1614,7 @@ def test_psnr_codebook_use_and_bytes():
         assert evaluate.codebook_use(codes, 64) == pytest.approx(expected)
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     assert torch.equal(evaluate.to_uint8(levels / 255), levels)             # lossless
-    values = torch.tensor([-1, 0.999, 2, 0.5]).view(1, 1, 2, 2)
-    assert evaluate.to_uint8(values).flatten().tolist() == [0, 255, 255, 128]
-    assert evaluate.to_uint8(values, "truncate").flatten().tolist() == [0, 254, 255, 127]
+    assert evaluate.to_uint8(torch.tensor([-1, 0.999, 2, 0.5])).tolist() == [0, 255, 255, 128]
 
 
 def test_frechet_distance_and_inception_score_golden():
@@ -1669,13 +1625,8 @@ def test_frechet_distance_and_inception_score_golden():
     assert evaluate.frechet_distance(*a, *b) == pytest.approx(float(numbers["fid"]), abs=1e-6)
     assert evaluate.frechet_distance(*a, *c) == pytest.approx(float(numbers["fid_ac"]), abs=1e-5)
     numbers = golden("is_golden.npz")
-    logits, value = numbers["logits"], lambda name: float(numbers[name])
-    adm, expected = evaluate.inception_score_adm, (value("is_tf_mean"), value("is_tf_std"))
-    assert evaluate.inception_score(logits) == pytest.approx(expected, abs=1e-10)
-    assert adm(logits) == pytest.approx(value("is_adm"), abs=1e-10)
-    assert adm(logits, part=300) == pytest.approx(value("is_adm_split300"), abs=1e-10)
-    certain = 1000 * np.eye(10, dtype=np.float32)[np.arange(100) % 10]      # others underflow to 0
-    assert adm(certain) == pytest.approx(10)
+    expected = float(numbers["is_tf_mean"]), float(numbers["is_tf_std"])
+    assert evaluate.inception_score(numbers["logits"]) == pytest.approx(expected, abs=1e-10)
 
 
 def test_kernel_distance_draws_as_torch_fidelity():
@@ -1696,14 +1647,10 @@ def test_kernel_distance_draws_as_torch_fidelity():
 
 def test_precision_recall_golden():
     numbers = golden("prc_golden.npz")
-    real, fake, far = numbers["feats_ref"], numbers["feats_sample"], np.float32(3000)
+    real, fake = numbers["feats_ref"], numbers["feats_sample"]
     expected = float(numbers["precision"]), float(numbers["recall"])
     assert evaluate.precision_recall(real, fake) == expected
-    # so far from 0, distances in float32 would not do
-    assert evaluate.precision_recall(real + far, fake + far) == pytest.approx(expected, abs=0.003)
-    for k, expected in ((2, (0.865, 0.460)), (4, (0.9525, 0.620))):
-        assert evaluate.precision_recall(real, fake, k, 37) == expected
-    assert evaluate.precision_recall(real, real) == (1.0, 1.0)
+    assert evaluate.precision_recall(real, fake, 4, 37) == (0.9525, 0.620)
     assert evaluate.precision_recall(real, real + 100) == (0.0, 0.0)
 
 
@@ -1746,7 +1693,7 @@ def fid_folder(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("fid"), np.random.default_rng(0)
     for name, high in (("a", 255), ("b", 190)):
         (folder / name).mkdir()
-        pictures = rng.integers(0, high, (10, 40, 30, 3), dtype=np.uint8)
+        pictures = rng.integers(0, high, (10, 32, 32, 3), dtype=np.uint8)
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(folder / name / f"{i}.png")
         mu, s = rng.normal(size=12), rng.uniform(0.5, 2, 12)
@@ -1759,10 +1706,10 @@ def fid_folder(tmp_path_factory):
 def fid_of(fid_folder, monkeypatch, capsys):
     """Runs a command here, with @ for fid_folder: (scores, protocol), which were printed too."""
     monkeypatch.setattr(evaluate, "InceptionFID", Tiny)
-    monkeypatch.setattr(evaluate, "FEATURES", 12)
 
     def command(words):
-        words = f"{words} --json @/x.json --device cpu".replace("@", str(fid_folder)).split()
+        words = f"{words} --json @/x.json --inception @/b.npz --device cpu"
+        words = words.replace("@", str(fid_folder)).split()
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
         evaluate.main()
         found, said = json.loads((fid_folder / "x.json").read_text()), capsys.readouterr().out
@@ -1773,97 +1720,77 @@ def fid_of(fid_folder, monkeypatch, capsys):
 
 
 def test_fid(fid_of, fid_folder):
-    scores, protocol = fid_of("fid @/a @/b --save @/saved.npz")
+    scores, protocol = fid_of("fid @/a @/b --size 32 --save @/saved.npz")
     assert scores["FID"] > 0 and 0 <= scores["recall"] <= 1
-    assert len(scores) == 8 and protocol.count("warning") == 2
-    assert re.match("reference: 10 images of .*/a\nscored: 10 images of .*/b\nnetwork: ", protocol)
+    assert len(scores) == 7 and protocol.count("fewer than FID's 2,048 features") == 2
+    assert re.match("reference: 10 images of .*/a, middle squares resized to 32\nscored: 10 images "
+                    "of .*/b, .*\nnetwork: ", protocol)
     for same in ("b.npz", "saved.npz"):
-        assert fid_of(f"fid @/a @/{same}")[0] == scores
-    assert "resized to 20" in fid_of("fid @/a @/b --size 20")[1]
+        assert fid_of(f"fid @/a @/{same} --size 32")[0] == scores
     saved, b = (np.load(fid_folder / name) for name in ("saved.npz", "b.npz"))
     assert saved.files == ["arr_0"] and (saved["arr_0"] == b["arr_0"]).all()
     assert not (fid_folder / "saved.npz.npy").exists()
-    same, protocol = fid_of("fid @/b @/b")
+    same, _ = fid_of("fid @/b @/b")
     assert same["FID"] == pytest.approx(0, abs=1e-6) and same["precision"] == 1
-    assert "10 images of" in protocol and "10 files are in both sets" in protocol
-    assert "(20, 20) and (40, 30)" in fid_of("fid @/a @/b.npz --size 20")[1]
-    shutil.copytree(fid_folder / "b", fid_folder / "loose" / "grids")
-    shutil.copytree(fid_folder / "a", fid_folder / "loose", dirs_exist_ok=True)
-    (fid_folder / "loose" / "x.heic").touch()
-    assert "scored: 20 images of " in fid_of("fid @/a @/loose")[1]      # also beside a folder
-    for file in fid_folder.glob("loose/*/*.png"):       # others under the same names
-        shutil.copy2(fid_folder / "a" / file.name, file)
-    later, protocol = fid_of("fid @/a @/loose")
-    assert later["FID"] == pytest.approx(0, abs=1e-3) and "loose, left out: 1 .heic" in protocol
-
-
-def test_fid_of_statistics(fid_of, fid_folder):
-    scores, protocol = fid_of("fid @/statistics_a.npz @/statistics_b.npz")
+    scores, _ = fid_of("fid @/statistics_a.npz @/statistics_b.npz")
     one, two = (np.load(fid_folder / f"statistics_{name}.npz") for name in "ab")
     expected = sum(np.square(one[name] - two[name]).sum() for name in ("mu", "s"))
-    assert scores == pytest.approx({"FID": expected}) and "network" not in protocol
+    assert scores == pytest.approx({"FID": expected})
     scores, _ = fid_of("fid @/statistics_a.npz @/b")        # as far as they go
-    assert len(scores) == 4 and scores["FID"] > 0
+    assert len(scores) == 3 and scores["FID"] > 0
 
 
 def test_fid_refuses(fid_of, fid_folder, tmp_path):
     shutil.copytree(fid_folder / "b", tmp_path / "c")
+    (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "floats.npz", np.zeros((20, 4, 4, 3)))
-    np.savez(tmp_path / "wide.npz", mu=np.zeros(768), sigma=np.eye(768))
     np.savez(tmp_path / "nan.npz", mu=np.full(12, math.nan), sigma=np.eye(12))
     last, fid = tmp_path / "c" / "9.png", f"fid @/statistics_a.npz {tmp_path}"
     for change, words, says in (
-            (lambda: Image.new("RGB", (40, 50)).save(last), f"{fid}/c", "9.png: not .*--size"),
-            (lambda: last.write_bytes(b"not one"), f"{fid}/c", "9.png: cannot be read "),
+            (lambda: last.write_bytes(b"not one"), f"{fid}/c", "9.png: not a picture"),
             (last.unlink, f"{fid}/c", "9 images of .*: too few"),
+            (bool, f"{fid}/empty", "0 images of .*empty.*: too few"),
             (bool, f"{fid}/floats.npz", "arr_0 is float64"),
-            (bool, "fid @/a @/none", "none: not a folder and not an .npz"),
-            (bool, "fid @/a", "required: B.*evaluate.py fid -h"),
-            (bool, f"fid {tmp_path}/wide.npz @/a", r"wide.npz: mu is \(768,\): not FID's 12"),
-            (bool, f"fid {tmp_path}/nan.npz @/a", "nan.npz: .*or not finite"),
-            (bool, "fid @/a @/b --images 5", "unrecognized arguments: --images 5"),
+            (bool, "fid @/a @/none", "none: not a folder of images and not an .npz"),
+            (bool, f"fid {tmp_path}/nan.npz @/a", "nan.npz: mu or sigma is not finite"),
             (bool, "gfid ar.pt --reference @/a --images 5", "not allowed with .*--reference"),
             (bool, "rfid vqgan.pt --size 5", "unrecognized arguments: --size")):
         change()
-        for _ in range(2):          # the second time, too
-            with pytest.raises(BadInput, match=says):
-                fid_of(words)
+        with pytest.raises(BadInput, match=says):
+            fid_of(words)
     refused(f"python evaluate.py fid {fid_folder}/a {fid_folder}/b --inception {tmp_path}/none.pth",
-            "Inception weights", "none.pth", "Get pytorch-fid's pt_inception")
+            "none.pth: not found", "Get pytorch-fid's pt_inception")
 
 
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
 def test_rfid_and_gfid_on_one_rank_and_on_two(toy, folder, fid_of, fid_folder, tmp_path,
                                               monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 4)               # of 10: one rank gets 4, the other 6
-    data = "--data shapes --images 10 --rounding truncate"
+    data = "--data shapes --images 10"
     scores, protocol = fid_of(f"rfid {toy}/nativetok_4_stage2.pt {data}")
-    assert scores["FID"] > 0 and "rounding to bytes: truncate" in protocol
+    assert scores["FID"] > 0 and "scored: by " in protocol and "argmax" not in protocol
     assert "nativetok_4_stage2.pt, reconstructions of 10 images of shapes val, drawn" in protocol
     argmax, protocol = fid_of(f"rfid {toy}/nativetok_4.pt {data}")      # after stage 1
     assert "nativetok_4.pt, argmax, reconstructions" in protocol
-    other, = json.loads((fid_folder / "x.json").read_text())["others"]
-    assert "nativetok_4.pt, reconstructions" in "".join(other["protocol"])
-    assert other["scores"]["FID"] not in (argmax["FID"], scores["FID"])
+    assert fid_of(f"rfid {toy}/vqgan.pt {data}")[0]["FID"] not in (argmax["FID"], scores["FID"])
     gfid = f"gfid {toy}/ar_nativetok_4.pt --samples 10 {data}"
-    with pytest.raises(BadInput, match="not trained on the codes of .*nativetok_2.pt.*--tokenizer"):
-        fid_of(f"{gfid} --tokenizer {toy}/nativetok_2.pt")
     one, protocol = fid_of(f"{gfid} --save @/one.npz")
     assert fid_of(f"{gfid} --seed 1")[0] != one
     assert re.match("reference: 10 images of shapes train.*\nscored: 10 samples, 10 classes at "
                     r"random \(10.00% to 10.00% each\), seed 0, guidance_scale 1.5, ", protocol)
-    sweep, how = fid_of(f"{gfid} --guidance_scale 9 --temperature 0.1 --top_k 2")
-    assert sweep != one and "guidance_scale 9.0, temperature 0.1, top_k 2, decoded by" in how
-    assert load(toy / "ar_nativetok_4.pt")["class_counts"] == [1000] * 10
-    with pytest.raises(BadInput, match="--sampling_steps: the generator is of mode ar"):
-        fid_of(f"{gfid} --sampling_steps 2")
-    with pytest.raises(BadInput, match="ar_nativetok_4.pt: trained on other classes than --data"):
-        fid_of(f"{gfid} --data {folder}")
+    _, how = fid_of(f"{gfid} --guidance_scale 9 --temperature 0.1 --top_k 2")
+    assert "guidance_scale 9.0, temperature 0.1, top_k 2, decoded by" in how
+    for flags, says in (
+            (f"--tokenizer {toy}/nativetok_2.pt", "not trained on the codes of .*nativetok_2.pt"),
+            ("--sampling_steps 2", "--sampling_steps: the generator is of mode ar"),
+            (f"--data {folder}", "ar_nativetok_4.pt: trained on other classes than --data")):
+        with pytest.raises(BadInput, match=says):
+            fid_of(f"{gfid} {flags}")
     (tmp_path / "two.py").write_text(
         f"import torch, evaluate, trainer\n{inspect.getsource(Tiny)}\n"
         "evaluate.InceptionFID, evaluate.BATCH = Tiny, 4\ntrainer.launch(evaluate.main)\n")
-    said = run(TWO.format(f"{tmp_path}/two.py {gfid} --save {tmp_path}/two.npz "
-                          f"--json {tmp_path}/two.json --device cpu"))
+    said = run(TWO.format(f"{tmp_path}/two.py {gfid} --save {tmp_path}/two.npz --inception "
+                          f"{tmp_path}/two.py --json {tmp_path}/two.json --device cpu"))
     assert said.count("reference: ") == 1
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["scores"] == pytest.approx(one, rel=1e-3)
@@ -1876,9 +1803,9 @@ def test_gfid_draws_classes_as_often_as_the_data_has_them(monkeypatch):
     decoder = nn.Linear(1, 1)
     decoder.decode_codes, decoder.config, decoder.path = lambda codes: codes, TINY_VQGAN, "x.pt"
     monkeypatch.setattr(evaluate, "sample_codes", lambda model, labels, seed: labels)
-    monkeypatch.setattr(evaluate, "to_uint8", lambda images, rounding: images)
+    monkeypatch.setattr(evaluate, "to_uint8", lambda images: images)
     model = SimpleNamespace(config=AR, class_counts=[900, 0, 100])
-    fake = evaluate.samples(model, decoder, 1000, 0, "round")
+    fake = evaluate.samples(model, decoder, 1000, 0)
     labels = torch.cat([fake.read(start, start + 100) for start in range(0, 1000, 100)])
     assert (labels.bincount() - torch.tensor([900, 0, 100])).abs().max() < 30
     assert torch.equal(fake.read(300, 400), labels[300:400])        # on whatever rank
@@ -1981,10 +1908,9 @@ def test_report(toy, folder, tmp_path, monkeypatch, capsys):
     assert '<div class="curves"></div>' in page and "TiTok" not in page
 
 
-# ---- Speed and memory (extras/bench.py)
+# ---- Speed (extras/bench.py)
 
-
-def test_speed_of_every_form_and_memory(monkeypatch, capsys):
+def test_speed_of_every_form(monkeypatch, capsys):
     short = replace(bench.PRESETS["toy"], tokens=2, encoder_layers=1, decoder_layers=1)
     small = {"ar_full": bench.PRESETS["ar_toy"], "maskgit_full": bench.PRESETS["maskgit_toy"],
              "titok_l_32": replace(bench.PRESETS["titok_toy"], encoder_layers=1)}
@@ -1995,9 +1921,6 @@ def test_speed_of_every_form_and_memory(monkeypatch, capsys):
     assert len(re.findall(r" [\d.]+x", said)) >= 4 and "1.33x" in said
     for name in (*bench.FULL_SIZE, "nativetok_128", "ar_full", "maskgit_full"):
         assert re.search(rf"^{name} .*\d", said, re.MULTILINE)
-    whole, half = (bench.memory_of(bench.FULL_SIZE[0], 1, batch) for batch in (64, 32))
-    assert half["kept"] == pytest.approx(whole["kept"] / 2, rel=0.1) and half["kept"] > 1_000_000
-    assert half["state"] == whole["state"] and whole["--recompute"] < whole["all"]
 
 
 # ---- The paper's tables, figures and claims (extras/paper.py, extras/evidence.py, Makefile)

@@ -10,7 +10,6 @@ Letters: B batch, H W pixels, G side of the code grid, L = G*G codes of an image
 K codes in the codebook, c length of a code vector, C channels. Images: float32 [B, 3, H, W] in
 [0, 1].
 """
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,7 @@ from torch import nn
 
 import data
 import trainer
-from trainer import BadInput, TrainConfig, first_line
+from trainer import BadInput, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,9 @@ class VQGANConfig:
     perceptual_weight: float = 0.1  # beside 1 for L2
     revive_below: float = 0.0       # revive codes used less than this share of the average
 
-    def __post_init__(self):
-        if self.image_size % self.factor:
-            raise BadInput(f"--image_size {self.image_size}: not a multiple of {self.factor}")
-
-    @property
-    def factor(self) -> int:  # pixels that a code covers, each way
-        return 2 ** (len(self.channel_mult) - 1)
-
     @property
     def grid(self) -> int:  # G
-        return self.image_size // self.factor
+        return self.image_size // 2 ** (len(self.channel_mult) - 1)
 
     @property
     def tokens(self) -> int:  # L
@@ -203,14 +194,15 @@ class VectorQuantizer(nn.Module):
             self.usage.masked_fill_(dead, 1.0)
 
     def stats(self):
-        """Of the running use; codes_used stays near 1 while codes are revived."""
+        """Of the running use: 1 (one code) .. K (all alike)."""
         share = self.usage / self.usage.sum()
-        return {"codes_used": (self.usage > 0.01).float().mean(),
-                "perplexity": torch.exp(-(share * share.clamp_min(1e-12).log()).sum())}
+        return {"perplexity": torch.exp(-(share * share.clamp_min(1e-12).log()).sum())}
 
 
 class VQGAN(nn.Module):
     """Images <-> codes int64 [B, L] in raster order."""
+    fine_tuned = True       # as a tokenizer after stage 2: its decoder was trained on pixels
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -223,8 +215,8 @@ class VQGAN(nn.Module):
         return self.encoder(images).flatten(2).transpose(1, 2)          # [B, L, c]
 
     def decode(self, z_q):                          # [B, L, c]
-        G = math.isqrt(z_q.shape[1])
-        return self.decoder(z_q.transpose(1, 2).unflatten(2, (G, G)))   # [B, 3, H, W], not clamped
+        grid = z_q.transpose(1, 2).unflatten(2, (self.config.grid, -1))     # [B, c, G, G]
+        return self.decoder(grid)                   # [B, 3, H, W], not clamped
 
     @torch.no_grad()
     def encode(self, images):
@@ -277,15 +269,13 @@ class SmallPerceptual(nn.Module):
 
 def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
     """A trained one, from path if the data is the same."""
-    config = {"data": dataset.fingerprint}
+    saved = torch.load(path, map_location="cpu", weights_only=True) if Path(path).exists() else {}
     with torch.random.fork_rng():       # leaves the run's random state alone
         torch.manual_seed(4321)
         model = SmallPerceptual(len(dataset.classes)).to(device)
-        if Path(path).exists():
-            checkpoint = trainer.load_checkpoint(path, "perceptual", f"rm {path} and run again")
-            if checkpoint["config"] == config:
-                model.load_state_dict(checkpoint["model"])
-                return model.eval().requires_grad_(False)
+        if saved.get("data") == dataset.fingerprint:
+            model.load_state_dict(saved["model"])
+            return model.eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         batches = data.batches(dataset, batch_size, seed=4321)
         for _ in range(steps):
@@ -293,8 +283,8 @@ def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
-    checkpoint = dict(stage="perceptual", step=steps, config=config, model=model.state_dict())
-    trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    saved = {"data": dataset.fingerprint, "model": model.state_dict()}
+    trainer.write_atomically(path, lambda temporary: torch.save(saved, temporary))
     return model.eval().requires_grad_(False)
 
 
@@ -319,7 +309,7 @@ class ConvNeXtBlock(nn.Module):
 
 class ConvNeXtSmall(nn.Module):
     """torchvision's convnext_small (IMAGENET1K_V1), TiTok's perceptual network, of its .pth file or
-    state dict, else raises BadInput. None: random weights."""
+    state dict."""
     def __init__(self, path_or_state_dict):
         super().__init__()
         layers = [nn.Sequential(nn.Conv2d(3, 96, 4, stride=4), LayerNorm2d(96, eps=1e-6))]
@@ -330,26 +320,17 @@ class ConvNeXtSmall(nn.Module):
         self.features = nn.Sequential(*layers[:-1])
         self.classifier = nn.Sequential(nn.LayerNorm(768, eps=1e-6), nn.Identity(),
                                         nn.Linear(768, 1000))
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-        source = path_or_state_dict
-        try:
-            if source is not None:
-                self.load_state_dict(trainer.read_weights(source))
-        except Exception as error:      # torch raises many kinds
-            file = source if isinstance(source, (str, Path)) else "weights"
-            raise BadInput(f"{file}: not torchvision's convnext_small ({first_line(error)}). Give "
-                           f"--convnext FILE, or --perceptual none") from error
+        mean_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        self.register_buffer("mean_std", mean_std, persistent=False)
+        self.load_state_dict(trainer.read_weights(path_or_state_dict))
         self.eval().requires_grad_(False)
 
     def forward(self, images):
         """Images of any size -> logits [B, 1000], as 1d-tokenizer."""
+        mean, std = self.mean_std
         x = F.interpolate(images, (224, 224), mode="bilinear", align_corners=False, antialias=True)
-        return self.logits((x - self.mean) / self.std)
-
-    def logits(self, x):
-        return self.classifier(self.features(x).mean((2, 3)))   # [B, 1000]
+        x = self.features((x - mean) / std)         # [B, 768, 7, 7]
+        return self.classifier(x.mean((2, 3)))
 
     def perceptual_loss(self, a, b):
         return F.mse_loss(self(a), self(b))
@@ -419,7 +400,12 @@ def hinge_loss(real, fake):
 def perceptual_network(kind, dataset, out, weights, device):
     if kind == "small":
         return small_perceptual(dataset, Path(out) / "perceptual.pt", device)
-    return ConvNeXtSmall(weights).to(device) if kind == "convnext" else None
+    if kind == "none":
+        return None
+    if not Path(weights).exists():
+        raise BadInput(f"{weights}: not found. Get torchvision's convnext_small for --convnext, or "
+                       f"give --perceptual none")
+    return ConvNeXtSmall(weights).to(device)
 
 
 # ---- Training

@@ -1,7 +1,6 @@
 """How fast, how much memory, how large.
 
     python -m extras.bench speed        # the fast forms, HNT, a step of each full preset
-    python -m extras.bench memory       # GiB per GPU in stages 1 and 2, estimated without one
     python -m extras.bench params       # parameters and multiply-adds, beside the paper's
 
 Letters: B batch, H W pixels, N patches, L tokens, d width of an expert, G side of the VQGAN's grid.
@@ -12,9 +11,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import generator
@@ -195,75 +191,13 @@ def params(args):
             print(f"  {count(model, trained=True) / own:.1%} of all but the VQGAN train under HNT")
 
 
-# ---- Memory
-
-class InFloat32(TorchFunctionMode):
-    """What only CUDA's autocast computes in float32."""
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.group_norm, F.layer_norm, F.softmax, torch.Tensor.softmax, F.mse_loss):
-            args = [a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
-        return function(*args, **(kwargs or {}))
-
-
-def kept_for_backward(forward):
-    """Bytes that forward() keeps for the backward pass, under CUDA's bf16 autocast."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()      # views of one storage count once
-        storages[storage._cdata] = storage      # held, or another would get its address
-        return tensor
-
-    with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), InFloat32(),
-          torch.autocast("cpu", torch.bfloat16)):
-        forward()
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def memory_of(name, stage, batch):
-    """{what: bytes on one GPU} of a preset in stage 1 or 2, from tensors without data. Not in it:
-    CUDA's half GiB, workspaces, temporary gradients, fragmentation."""
-    c = PRESETS[name]
-    with FakeTensorMode():
-        model, images = tokenizer.build(c), torch.empty(batch, 3, c.image_size, c.image_size)
-        if stage == 1:
-            others, trained = [vqgan.VQGAN(c.vqgan)], count(model, trained=True)
-            targets = torch.zeros(batch, c.vqgan.tokens, dtype=torch.int64)            # [B, G*G]
-            loss = partial(tokenizer.Stage1Loss(model), images, targets)
-        else:
-            model.pixel_codebook.requires_grad_(True)
-            model.pixel_decoder.requires_grad_(True)
-            others = [vqgan.ConvNeXtSmall(None), vqgan.Discriminator().requires_grad_(False)]
-            trained = count(model.decoder, model.pixel_codebook, model.pixel_decoder, others[1])
-            loss_fn = tokenizer.Stage2Loss(model, others[0], tokenizer.STAGE2["full"])
-            loss = partial(loss_fn, images, others[1])
-        kept = kept_for_backward(loss)
-        state = 4 * count(model, *others) + 4 * count(model) + 12 * trained
-        result = {"state": state, "kept": kept, "all": state + kept}
-        if stage == 1 and c.model == "nativetok":
-            model.mocet.recompute = True    # keeps every expert's input, and one expert's rest
-            longest = torch.empty(batch, c.patches + c.tokens, c.expert_width, requires_grad=True)
-            one = kept_for_backward(partial(model.mocet.experts[-1], longest))
-            result["--recompute"] = state + kept_for_backward(loss) + one
-    return result
-
-
-def memory(args):
-    print("GiB per GPU, bf16, estimated; state: weights, EMA, gradients, AdamW; kept: for backward")
-    for stage, names in ((1, FULL_SIZE), (2, FULL_SIZE[:3])):
-        batch = args.batch_size or tokenizer.TRAINING["full", stage].micro_batch
-        for name in names:
-            print(f"stage {stage}, batch {batch}, {name:<13}", *(
-                f" {key} {n / 2 ** 30:.1f}" for key, n in memory_of(name, stage, batch).items()))
-
-
 def main():
     parser = trainer.ArgumentParser(__doc__, prog="-m extras.bench")
-    parser.add_argument("what", choices=("speed", "memory", "params"))
-    parser.add_argument("--batch_size", type=int, help="default 64; speed on CPU 2, stage 2 32")
+    parser.add_argument("what", choices=("speed", "params"))
+    parser.add_argument("--batch_size", type=int, help="default 64; on a CPU 2")
     parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if present")
     args = parser.parse_args()
-    {"speed": speed, "memory": memory, "params": params}[args.what](args)
+    {"speed": speed, "params": params}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@
 | c2i_B_256.pt, c2i_L_256.pt | Hugging Face, FoundationVision/LlamaGen | load_llamagen |
 | convnext_small-0c510722.pth | torchvision | ConvNeXtSmall |
 
-Models come in eval mode, without gradients; BadInput where keys or shapes are not the file's. Tests
-hold each network equal to the official code on seeded weights; none was run with its file.
+Models come in eval mode, without gradients. Tests hold each network equal to the official code on
+seeded weights; none was run with its file.
 Letters: B batch, H W pixels, L tokens, D width, c length of a code vector, K codes.
 """
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,18 +30,6 @@ from trainer import BadInput
 from vqgan import VQGAN, ConvNeXtSmall  # noqa: F401
 
 
-@contextmanager
-def reading(source, what):
-    """Any error becomes one line that names the file."""
-    try:
-        yield
-    except Exception as error:
-        where = source if isinstance(source, (str, Path)) else "weights"
-        hint = "pip install safetensors" if isinstance(error, ImportError) else "Is it that file?"
-        line = trainer.first_line(error)
-        raise BadInput(f"{where}: cannot be read as {what} ({line}). {hint}") from error
-
-
 def layers_of(state, prefix):
     """How many numbers follow prefix in the names."""
     return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
@@ -50,10 +37,9 @@ def layers_of(state, prefix):
 
 def load_maskgit_vqgan(path_or_state_dict):
     """The public MaskGIT-VQGAN (168 entries, 54.5M numbers) as a VQGAN."""
-    with reading(path_or_state_dict, "MaskGIT-VQGAN"):
-        state = trainer.read_weights(path_or_state_dict)
-        model = VQGAN(vqgan.PRESETS["full"])
-        model.load_state_dict({"quantize.usage": model.quantize.usage, **state})    # ours alone
+    state = trainer.read_weights(path_or_state_dict)
+    model = VQGAN(vqgan.PRESETS["full"])
+    model.load_state_dict({"quantize.usage": model.quantize.usage, **state})    # ours alone
     return model.eval().requires_grad_(False)
 
 
@@ -75,21 +61,16 @@ def load_titok(path_or_state_dict, image_size=256):
     They were trained with a slip: before the last layer the encoder's [L, D] numbers are
     reinterpreted, not transposed, as [D, L], so each latent mixes many tokens (`legacy`).
     """
-    with reading(path_or_state_dict, "TiTok-L-32, -B-64 or -S-128"):
-        state = trainer.read_weights(path_or_state_dict)
-        tokens, width = state["latent_tokens"].shape                        # L, D
-        patch_size = state["encoder.patch_embed.weight"].shape[-1]
-        patches = len(state["encoder.positional_embedding"]) - 1            # minus class token
-        if patches != (image_size // patch_size) ** 2:
-            raise BadInput(f"{patches} patches of {patch_size} pixels, image_size {image_size}")
-        codebook_size, code_dim = state["quantize.embedding.weight"].shape  # K, c
-        model = TiTok(TokenizerConfig(
-            model="titok", tokens=tokens, patch_size=patch_size, width=width, heads=width // 64,
-            encoder_layers=layers_of(state, "encoder.transformer."),
-            decoder_layers=layers_of(state, "decoder.transformer."),
-            code_dim=code_dim, codebook_size=codebook_size,
-            vqgan=replace(vqgan.PRESETS["full"], image_size=image_size)))
-        model.load_state_dict(renamed(state, model.state_dict()))
+    state = trainer.read_weights(path_or_state_dict)
+    tokens, width = state["latent_tokens"].shape                            # L, D
+    codebook_size, code_dim = state["quantize.embedding.weight"].shape      # K, c
+    model = TiTok(TokenizerConfig(
+        model="titok", tokens=tokens, patch_size=state["encoder.patch_embed.weight"].shape[-1],
+        width=width, heads=width // 64, encoder_layers=layers_of(state, "encoder.transformer."),
+        decoder_layers=layers_of(state, "decoder.transformer."),
+        code_dim=code_dim, codebook_size=codebook_size,
+        vqgan=replace(vqgan.PRESETS["full"], image_size=image_size)))
+    model.load_state_dict(renamed(state, model.state_dict()))
     model.legacy = True
     return model.eval().requires_grad_(False)
 
@@ -114,42 +95,39 @@ def renamed(state, ours):
 def load_llamagen(path_or_state_dict, heads, rope, tokens=256):
     """Public class-conditional LlamaGen weights as an ARGenerator. The shapes do not tell heads (12
     for B, 16 for L), rope ("2d" for the published files), and how many tokens `generate` makes."""
-    with reading(path_or_state_dict, "LlamaGen"):
-        state = trainer.read_weights(path_or_state_dict)
-        rows, width = state["cls_embedding.embedding_table.weight"].shape
-        model = generator.ARGenerator(generator.GeneratorConfig(
-            mode="ar", tokens=tokens, codebook_size=len(state["output.weight"]), width=width,
-            num_classes=rows - 1, layers=layers_of(state, "layers."), heads=heads, rope=rope))
-        model.load_state_dict(state)
+    state = trainer.read_weights(path_or_state_dict)
+    rows, width = state["cls_embedding.embedding_table.weight"].shape
+    model = generator.ARGenerator(generator.GeneratorConfig(
+        mode="ar", tokens=tokens, codebook_size=len(state["output.weight"]), width=width,
+        num_classes=rows - 1, layers=layers_of(state, "layers."), heads=heads, rope=rope))
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
-def load_titok_maskgit(path_or_state_dict, heads=None):
+def load_titok_maskgit(path_or_state_dict, heads=16):
     """The public generator of TiTok-S-128 (a U-ViT; those of L-32 and B-64 are BERTs) as a
-    MaskGITGenerator. heads, which no shape tells: 16 as published; 4 for widths below 512."""
-    with reading(path_or_state_dict, "TiTok-S-128's generator"):
-        state = trainer.read_weights(path_or_state_dict)
-        (rows, width), codes = state["embeddings.weight"].shape, len(state["lm_head.weight"])
-        model = generator.MaskGITGenerator(replace(
-            generator.PRESETS["maskgit_full"], tokens=state["pos_embed"].shape[1] - 1,
-            codebook_size=codes, num_classes=rows - codes - 2,      # 2: the mask, and no class
-            width=width, layers=2 * layers_of(state, "in_blocks."),
-            heads=heads or (16 if width >= 512 else 4)))
-        model.load_state_dict(state)
+    MaskGITGenerator. No shape tells the heads."""
+    state = trainer.read_weights(path_or_state_dict)
+    (rows, width), codes = state["embeddings.weight"].shape, len(state["lm_head.weight"])
+    model = generator.MaskGITGenerator(replace(
+        generator.PRESETS["maskgit_full"], tokens=state["pos_embed"].shape[1] - 1,
+        codebook_size=codes, num_classes=rows - codes - 2,      # 2: the mask, and no class
+        width=width, layers=2 * layers_of(state, "in_blocks."), heads=heads))
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
 # ---- Command line
 
-def write_vqgan(file, path, overwrite):
+def write_vqgan(file, path):
     """The checkpoint that stage 0 would write after training."""
     model = load_maskgit_vqgan(file)
     checkpoint = {"stage": "vqgan", "step": 0, "config": asdict(model.config), "settings": {},
                   "model": model.state_dict()}
-    write(checkpoint, file, path, overwrite)
+    write(checkpoint, path)
 
 
-def write_half(file, path, overwrite):
+def write_half(file, path):
     """A checkpoint's averaged weights in half precision, without what only --resume reads."""
     saved = trainer.load_checkpoint(file, ("tokenizer", "ar", "maskgit"), "see README.md")
     kept = "stage", "step", "config", "training", "settings", "classes", "tokenizer"
@@ -159,19 +137,15 @@ def write_half(file, path, overwrite):
     if "tokenizer" in saved:        # the generator's, whose weights are rounded, too
         tokenizer = generator.load_pair(file)[1].half().float()
         checkpoint["tokenizer_fingerprint"] = generator.codes_fingerprint(tokenizer)
-    write(checkpoint, file, path, overwrite)
+    write(checkpoint, path)
 
 
-def write(checkpoint, file, path, overwrite):
-    if path.exists() and not overwrite:
-        raise BadInput(f"{path}: exists. Give --overwrite or another --out")
+def write(checkpoint, path):
     trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
-    print(f"{path}: written from {file}")
+    print(f"{path}: written")
 
 
 def reconstruct(file, paths, target):
-    if not paths:
-        raise BadInput("titok: no images. Name them after the file of weights")
     model = load_titok(file)
     size = model.config.image_size
     images = torch.stack([data.read_image(path, size) for path in paths])       # [B, 3, H, W]
@@ -193,12 +167,12 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace the file there")
     args = parser.parse_args()
     out = args.out or Path("out", args.config)
-    if args.what == "vqgan":
-        write_vqgan(args.file, out / "vqgan.pt", args.overwrite)
-    elif args.what == "half":
-        write_half(args.file, out / Path(args.file).name, args.overwrite)
-    else:
-        reconstruct(args.file, args.images, out / "reconstruct.png")
+    if args.what == "titok":
+        return reconstruct(args.file, args.images, out / "reconstruct.png")
+    path = out / ("vqgan.pt" if args.what == "vqgan" else Path(args.file).name)
+    if path.exists() and not args.overwrite:
+        raise BadInput(f"{path}: exists. Give --overwrite or another --out")
+    {"vqgan": write_vqgan, "half": write_half}[args.what](args.file, path)
 
 
 if __name__ == "__main__":
