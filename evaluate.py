@@ -477,7 +477,7 @@ def main():
         scores = compare(real, fake, x, y)
         protocol = [f"reference: {real.name}", f"scored: {fake.name}",
                     f"network: Inception of 2015, weights {inception.fingerprint}, float32"]
-        protocol += [f"warning: {pictures.name}: fewer than FID's {FEATURES:,} features"
+        protocol += [f"warning: {pictures.name}: fewer than FID's 2,048 features"
                      for pictures in (real, fake) if 0 < pictures.count < FEATURES]
         print(*[f"{name:<42} {value:.4f}" for name, value in scores.items()], *protocol, "",
               sep="\n")

@@ -641,6 +641,21 @@ def test_a_public_titok_reconstructs(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "pair.png").size == (2 * 64 + 2, 64)
 
 
+def test_weights_in_half_precision(toy, tmp_path):
+    """They load, sample and reconstruct as the checkpoints they were made from."""
+    for name in ("nativetok_4_stage2", "ar_nativetok_4"):
+        made = f"python -m extras.pretrained half {toy}/{name}.pt --out {tmp_path}"
+        run(made)
+        assert (tmp_path / f"{name}.pt").stat().st_size < (toy / f"{name}.pt").stat().st_size / 4
+    refused(made, "exists", "--overwrite")
+    (ar, tokenizer), (whole_ar, whole_tokenizer) = (
+        generator.load_pair(folder / "ar_nativetok_4.pt") for folder in (tmp_path, toy))
+    for half, whole in ((ar, whole_ar), (tokenizer, whole_tokenizer)):
+        for p, q in zip(half.parameters(), whole.parameters(), strict=True):
+            assert p.dtype == torch.float32 and torch.equal(p, q.half())
+    assert tokenizer.fine_tuned and ar.classes == list(data.SHAPES)
+
+
 def test_the_toy_weights_of_make_sample(tmp_path):
     folder = ROOT / "assets/toy"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 9e6
@@ -1625,8 +1640,13 @@ def test_frechet_distance_and_inception_score_golden():
     assert evaluate.frechet_distance(*a, *b) == pytest.approx(float(numbers["fid"]), abs=1e-6)
     assert evaluate.frechet_distance(*a, *c) == pytest.approx(float(numbers["fid_ac"]), abs=1e-5)
     numbers = golden("is_golden.npz")
-    expected = float(numbers["is_tf_mean"]), float(numbers["is_tf_std"])
-    assert evaluate.inception_score(numbers["logits"]) == pytest.approx(expected, abs=1e-10)
+    logits, value = numbers["logits"], lambda name: float(numbers[name])
+    adm, expected = evaluate.inception_score_adm, (value("is_tf_mean"), value("is_tf_std"))
+    assert evaluate.inception_score(logits) == pytest.approx(expected, abs=1e-10)
+    assert adm(logits) == pytest.approx(value("is_adm"), abs=1e-10)
+    assert adm(logits, part=300) == pytest.approx(value("is_adm_split300"), abs=1e-10)
+    certain = 1000 * np.eye(10, dtype=np.float32)[np.arange(100) % 10]      # others underflow to 0
+    assert adm(certain) == pytest.approx(10)
 
 
 def test_kernel_distance_draws_as_torch_fidelity():
@@ -1693,7 +1713,7 @@ def fid_folder(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("fid"), np.random.default_rng(0)
     for name, high in (("a", 255), ("b", 190)):
         (folder / name).mkdir()
-        pictures = rng.integers(0, high, (10, 32, 32, 3), dtype=np.uint8)
+        pictures = rng.integers(0, high, (10, 40, 30, 3), dtype=np.uint8)
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(folder / name / f"{i}.png")
         mu, s = rng.normal(size=12), rng.uniform(0.5, 2, 12)
@@ -1706,6 +1726,7 @@ def fid_folder(tmp_path_factory):
 def fid_of(fid_folder, monkeypatch, capsys):
     """Runs a command here, with @ for fid_folder: (scores, protocol), which were printed too."""
     monkeypatch.setattr(evaluate, "InceptionFID", Tiny)
+    monkeypatch.setattr(evaluate, "FEATURES", 12)
 
     def command(words):
         words = f"{words} --json @/x.json --inception @/b.npz --device cpu"
@@ -1720,44 +1741,59 @@ def fid_of(fid_folder, monkeypatch, capsys):
 
 
 def test_fid(fid_of, fid_folder):
-    scores, protocol = fid_of("fid @/a @/b --size 32 --save @/saved.npz")
+    scores, protocol = fid_of("fid @/a @/b --save @/saved.npz")
     assert scores["FID"] > 0 and 0 <= scores["recall"] <= 1
-    assert len(scores) == 7 and protocol.count("fewer than FID's 2,048 features") == 2
-    assert re.match("reference: 10 images of .*/a, middle squares resized to 32\nscored: 10 images "
-                    "of .*/b, .*\nnetwork: ", protocol)
+    assert len(scores) == 8 and protocol.count("warning") == 2
+    assert re.match("reference: 10 images of .*/a\nscored: 10 images of .*/b\nnetwork: ", protocol)
     for same in ("b.npz", "saved.npz"):
-        assert fid_of(f"fid @/a @/{same} --size 32")[0] == scores
+        assert fid_of(f"fid @/a @/{same}")[0] == scores
+    assert "resized to 20" in fid_of("fid @/a @/b --size 20")[1]
     saved, b = (np.load(fid_folder / name) for name in ("saved.npz", "b.npz"))
     assert saved.files == ["arr_0"] and (saved["arr_0"] == b["arr_0"]).all()
     assert not (fid_folder / "saved.npz.npy").exists()
     same, _ = fid_of("fid @/b @/b")
     assert same["FID"] == pytest.approx(0, abs=1e-6) and same["precision"] == 1
+    shutil.copytree(fid_folder / "b", fid_folder / "loose" / "grids")
+    shutil.copytree(fid_folder / "a", fid_folder / "loose", dirs_exist_ok=True)
+    (fid_folder / "loose" / "x.heic").touch()
+    assert "scored: 20 images of " in fid_of("fid @/a @/loose")[1]      # also beside a folder
+    for file in fid_folder.glob("loose/*/*.png"):       # others under the same names
+        shutil.copy2(fid_folder / "a" / file.name, file)
+    later, protocol = fid_of("fid @/a @/loose")
+    assert later["FID"] == pytest.approx(0, abs=1e-3) and "loose, left out: 1 .heic" in protocol
+
+
+def test_fid_of_statistics(fid_of, fid_folder):
     scores, _ = fid_of("fid @/statistics_a.npz @/statistics_b.npz")
     one, two = (np.load(fid_folder / f"statistics_{name}.npz") for name in "ab")
     expected = sum(np.square(one[name] - two[name]).sum() for name in ("mu", "s"))
     assert scores == pytest.approx({"FID": expected})
     scores, _ = fid_of("fid @/statistics_a.npz @/b")        # as far as they go
-    assert len(scores) == 3 and scores["FID"] > 0
+    assert len(scores) == 4 and scores["FID"] > 0
 
 
 def test_fid_refuses(fid_of, fid_folder, tmp_path):
     shutil.copytree(fid_folder / "b", tmp_path / "c")
-    (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "floats.npz", np.zeros((20, 4, 4, 3)))
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(768), sigma=np.eye(768))
     np.savez(tmp_path / "nan.npz", mu=np.full(12, math.nan), sigma=np.eye(12))
     last, fid = tmp_path / "c" / "9.png", f"fid @/statistics_a.npz {tmp_path}"
     for change, words, says in (
-            (lambda: last.write_bytes(b"not one"), f"{fid}/c", "9.png: not a picture"),
+            (lambda: Image.new("RGB", (40, 50)).save(last), f"{fid}/c", "9.png: not .*--size"),
+            (lambda: last.write_bytes(b"not one"), f"{fid}/c", "9.png: cannot be read "),
             (last.unlink, f"{fid}/c", "9 images of .*: too few"),
-            (bool, f"{fid}/empty", "0 images of .*empty.*: too few"),
             (bool, f"{fid}/floats.npz", "arr_0 is float64"),
             (bool, "fid @/a @/none", "none: not a folder of images and not an .npz"),
-            (bool, f"fid {tmp_path}/nan.npz @/a", "nan.npz: mu or sigma is not finite"),
+            (bool, "fid @/a", "required: B.*evaluate.py fid -h"),
+            (bool, f"fid {tmp_path}/wide.npz @/a", r"wide.npz: mu is \(768,\): not FID's 12"),
+            (bool, f"fid {tmp_path}/nan.npz @/a", "nan.npz: .*or not finite"),
+            (bool, "fid @/a @/b --images 5", "unrecognized arguments: --images 5"),
             (bool, "gfid ar.pt --reference @/a --images 5", "not allowed with .*--reference"),
             (bool, "rfid vqgan.pt --size 5", "unrecognized arguments: --size")):
         change()
-        with pytest.raises(BadInput, match=says):
-            fid_of(words)
+        for _ in range(2):          # the second time, too
+            with pytest.raises(BadInput, match=says):
+                fid_of(words)
     refused(f"python evaluate.py fid {fid_folder}/a {fid_folder}/b --inception {tmp_path}/none.pth",
             "none.pth: not found", "Get pytorch-fid's pt_inception")
 
@@ -1772,7 +1808,9 @@ def test_rfid_and_gfid_on_one_rank_and_on_two(toy, folder, fid_of, fid_folder, t
     assert "nativetok_4_stage2.pt, reconstructions of 10 images of shapes val, drawn" in protocol
     argmax, protocol = fid_of(f"rfid {toy}/nativetok_4.pt {data}")      # after stage 1
     assert "nativetok_4.pt, argmax, reconstructions" in protocol
-    assert fid_of(f"rfid {toy}/vqgan.pt {data}")[0]["FID"] not in (argmax["FID"], scores["FID"])
+    other, = json.loads((fid_folder / "x.json").read_text())["others"]
+    assert "nativetok_4.pt, reconstructions" in "".join(other["protocol"])
+    assert other["scores"]["FID"] not in (argmax["FID"], scores["FID"])
     gfid = f"gfid {toy}/ar_nativetok_4.pt --samples 10 {data}"
     one, protocol = fid_of(f"{gfid} --save @/one.npz")
     assert fid_of(f"{gfid} --seed 1")[0] != one
