@@ -57,8 +57,7 @@ SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_step
 NO_FLAGS = {    # settings that a mode does not have
     "ar": {"label_smoothing", "unmasked_weight", "guidance", "sampling_steps",
            "softmax_temperature_annealing"},
-    "maskgit": {"dropout", "rope", "top_k"},
-}
+    "maskgit": {"dropout", "rope", "top_k"}}
 
 
 # ---- Drawing a code from logits
@@ -98,8 +97,8 @@ def rotary(config, length, device):
 
 def apply_rotary(x, rotation):
     """Rotate channels (2i, 2i + 1) as the real and imaginary part of a number. x [B, h, T, D/h]."""
-    cos, sin = rotation                                             # 2 x [T, D/h/2]
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)              # 2 x [B, h, T, D/h/2]
+    cos, sin = rotation  # 2 x [T, D/h/2]
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # 2 x [B, h, T, D/h/2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
 
@@ -160,7 +159,7 @@ class ARGenerator(nn.Module):
         """codes int64 [B, L], labels int64 [B], drop_label bool [B] (True: hide the class) ->
         logits [B, L, K]. The last code is not read."""
         x = [self.class_token(labels, drop_label), self.tok_embeddings(codes[:, :-1])]
-        x = self.dropout(torch.cat(x, dim=1))                         # [B, L, D]
+        x = self.dropout(torch.cat(x, dim=1))  # [B, L, D]
         rotation = rotary(self.config, codes.shape[1], codes.device)  # [2, L, D/h/2]
         for layer in self.layers:
             x = layer(x, rotation)
@@ -192,7 +191,7 @@ class ARGenerator(nn.Module):
         for i in range(c.tokens):
             for layer, kept in zip(self.layers, cache):  # kept: [2, R, h, L, D/h]
                 x = layer(x, rotation[:, i:i + 1], kept, i)
-            logits = self.output(self.norm(x[:, 0]))                    # [R, K]
+            logits = self.output(self.norm(x[:, 0]))  # [R, K]
             logits = logits if R == B else guide(logits, guidance_scale)  # [B, K]
             codes.append(sample(logits, temperature, generator, top_k))
             x = self.tok_embeddings(codes[-1].repeat(R // B))[:, None]  # [R, 1, D]
@@ -249,13 +248,13 @@ class MaskGITGenerator(nn.Module):
         if drop_label is not None:
             labels = labels.masked_fill(drop_label, self.config.num_classes)
         x = torch.cat([self.mask + 1 + labels[:, None], codes], dim=1)  # [B, 1 + L]
-        x, skips = self.embeddings(x) + self.pos_embed, []              # [B, 1 + L, D]
+        x, skips = self.embeddings(x) + self.pos_embed, []  # [B, 1 + L, D]
         for block in self.in_blocks:
             x = block(x)
             skips.append(x)
         x = self.mid_block(x)
         for block in self.out_blocks:
-            x = block(x, skips.pop())             # the last first: a U
+            x = block(x, skips.pop())  # the last first: a U
         return self.lm_head(self.norm(x[:, 1:]))  # [B, L, K]
 
     @torch.no_grad()
@@ -307,7 +306,7 @@ def mask_counts(tokens, steps):
 def ar_loss(model, config, codes, labels):
     """Next-token cross-entropy, mean over positions."""
     drop_label = torch.rand(len(labels), device=labels.device) < config.class_dropout  # [B]
-    logits = model(codes, labels, drop_label).float()                                  # [B, L, K]
+    logits = model(codes, labels, drop_label).float()  # [B, L, K]
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
     return loss, {"accuracy": (logits.argmax(-1) == codes).float().mean()}
 
@@ -316,16 +315,16 @@ def maskgit_loss(model, config, codes, labels):
     """Cross-entropy after masking a random share of the codes: arccos(u) * 2 / pi for uniform u,
     which is mostly large."""
     drop_label = torch.rand(len(labels), device=labels.device) < config.class_dropout  # [B]
-    share = torch.acos(torch.rand(len(codes), 1, device=codes.device)) * 2 / math.pi   # [B, 1]
+    share = torch.acos(torch.rand(len(codes), 1, device=codes.device)) * 2 / math.pi  # [B, 1]
     # round, where mask_counts rounds down: as TiTok
-    count = (share * codes.shape[1]).round().clamp(min=1)                         # [B, 1]
+    count = (share * codes.shape[1]).round().clamp(min=1)  # [B, 1]
     masked = torch.rand(codes.shape, device=codes.device).argsort(dim=1) < count  # [B, L]
     logits = model(codes.masked_fill(masked, config.codebook_size), labels, drop_label).float()
     # flat: for [B, K, L] CUDA has no form that sums in a fixed order (--deterministic)
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none",
                            label_smoothing=config.label_smoothing).view_as(codes)  # [B, L]
-    weight = torch.where(masked, 1.0, config.unmasked_weight)                      # [B, L]
-    right = (logits.argmax(-1) == codes) & masked                                  # [B, L]
+    weight = torch.where(masked, 1.0, config.unmasked_weight)  # [B, L]
+    right = (logits.argmax(-1) == codes) & masked  # [B, L]
     return (loss * weight).sum() / weight.sum(), {"accuracy": right.sum() / masked.sum()}
 
 
@@ -533,12 +532,11 @@ def save_grid(images, path):
 def find_classes(text, names):
     """Class numbers of names or numbers, such as "3,bag"."""
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    words = [word.strip() for word in text.split(",")]
-    for word in words:
-        if word not in numbers:
-            raise BadInput(f"--classes {word}: no such class. Choose from 0 to {len(names) - 1}, "
-                           f"or {', '.join(names[:12])} ..")
-    return [numbers[word] for word in words]
+    try:
+        return [numbers[word.strip()] for word in text.split(",")]
+    except KeyError as word:
+        raise BadInput(f"--classes {word}: no such class. Choose from 0 to {len(names) - 1}, or "
+                       f"{', '.join(names[:12])} ..") from None
 
 
 def sample_pictures(args, tokenizer_path, path):
@@ -577,9 +575,9 @@ def main():
     add("--classes", help="of --sample: names or numbers, such as 3,bag; default: all")
     add("--separate", action="store_true", help="of --sample: files in a folder, not a grid")
     add("--output", metavar="PATH", help="of --sample: a .png, or with --separate a folder")
-    names = [field.name for field in fields(GeneratorConfig)]
+    names = {field.name for field in fields(GeneratorConfig)} - {"codebook_size", "num_classes"}
     trainer.add_fields(parser.add_argument_group("GeneratorConfig, defaults by --preset"),
-                       GeneratorConfig, [*names[:2], *names[4:]])
+                       GeneratorConfig, names)
     args = trainer.parse(parser)
     preset = args.preset or f"{getattr(args, 'mode', 'ar')}_{args.config}"
     config = trainer.override(PRESETS[preset], args)

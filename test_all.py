@@ -319,7 +319,7 @@ def test_stage2_leaves_codes_alone_and_trains_only_the_decoders(toy):
         assert not torch.equal(one[key], two[key])
 
 
-def test_stage2_scores_pixels_in_float32_and_warms_its_discriminator_up(toy, tmp_path):
+def test_stage2_scores_pixels_in_float32():
     model, seen = tiny(), []
 
     def perceptual_loss(a, b):
@@ -331,13 +331,6 @@ def test_stage2_scores_pixels_in_float32_and_warms_its_discriminator_up(toy, tmp
     with torch.autocast("cpu", torch.bfloat16):
         loss_fn(pictures(), lambda images: seen.append(images @ images.mT) or seen[-1])
     assert [x.dtype for x in seen] == 3 * [torch.float32]
-    run(f"python tokenizer.py {SMALL} --stage 2 --tokens 4 --checkpoint {toy / 'nativetok_4.pt'} "
-        f"--out {tmp_path} --steps 3 --gan_start 2 --discriminator_first 0 --warmup 4 "
-        f"--learning_rate 1")
-    saved = load(tmp_path / "nativetok_4_stage2.pt")        # after 3 steps, 1 with discriminator
-    decoders, discriminator = (saved[name]["param_groups"][0]["lr"]
-                               for name in ("optimizer", "discriminator_optimizer"))
-    assert decoders == pytest.approx(3 / 4) and discriminator == pytest.approx(5 / 4)
 
 
 def test_tokenizer_overfits_16_images():
@@ -1380,19 +1373,6 @@ def test_ar_cache_and_one_guidance_pass_equal_the_plain_form(rope):
         fast = model.generate(LABELS, generator=seeded(), **settings)
         assert fast.shape == (5, 9) and fast.dtype == torch.int64
         assert torch.equal(fast, model.generate_plain(LABELS, generator=seeded(), **settings))
-
-
-@pytest.mark.parametrize("rope", ["1d", "2d"])
-def test_ar_logits_at_i_do_not_read_codes_from_i_on(rope):
-    model = random_generator(replace(AR, rope=rope))
-    codes = torch.randint(24, (5, 9), generator=seeded())
-    before = model(codes, LABELS)
-    for i in range(9):
-        other = codes.clone()
-        other[:, i:] = (codes[:, i:] + 1) % 24
-        after = model(other, LABELS)
-        torch.testing.assert_close(after[:, :i + 1], before[:, :i + 1], rtol=0, atol=1e-6)
-        assert ((after - before)[:, i + 1:].abs().amax(-1) > 1e-3).all()    # all later ones do
 
 
 @pytest.mark.parametrize("config", [AR, MASKGIT], ids=["ar", "maskgit"])

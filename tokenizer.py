@@ -480,10 +480,10 @@ class Stage2Config:
     sharpen: float = 1.0                # multiply the decoder's logits by this at the start
 
 
-# A PatchGAN trained from scratch needs thousands of steps, the toy has 400: docs/results.md
-TOY_STAGE2 = Stage2Config(perceptual="small", gan_weight=0.1, gan_start=0, sharpen=8.0,
-                          discriminator="features", discriminator_first=100)
-STAGE2 = {"toy": TOY_STAGE2, "small": Stage2Config(), "full": Stage2Config()}
+STAGE2 = {  # a PatchGAN needs thousands of steps, the toy has 400: docs/results.md
+    "toy": Stage2Config(perceptual="small", gan_weight=0.1, gan_start=0, sharpen=8.0,
+                        discriminator="features", discriminator_first=100),
+    "small": Stage2Config(), "full": Stage2Config()}
 
 
 class Stage2Loss(nn.Module):
@@ -571,11 +571,11 @@ def train_stage2(args):
     for step in range(run.step, training.steps):
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
         decoders_wait = adversarial and step < weights.gan_start + weights.discriminator_first
-        rate = trainer.cosine(step, training)
-        trainer.set_lr(optimizer, 0.0 if decoders_wait else rate)  # at 0 AdamW's averages move on
+        # at 0 AdamW's averages move on
+        trainer.set_lr(optimizer, 0.0 if decoders_wait else trainer.cosine(step, training))
         gan_step = max(0, step - weights.gan_start)  # its own warm-up and cosine begin there
-        gan_rate = relative_rate * trainer.cosine(gan_step, gan_training)
-        trainer.set_lr(discriminator_optimizer, gan_rate)
+        trainer.set_lr(discriminator_optimizer,
+                       relative_rate * trainer.cosine(gan_step, gan_training))
         optimizer.zero_grad()
         discriminator_optimizer.zero_grad()
         for images, _ in run.micro_batches(batches, loss_fn):  # [B, 3, H, W]
