@@ -12,11 +12,8 @@ Letters: B batch, H W pixels, L tokens, K codes in the codebook, D width, h head
 sequence, n images of a set. With guidance, R = 2B sequences: with their class, then without.
 """
 import math
-import re
-import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +36,7 @@ class GeneratorConfig:
     codebook_size: int = 4096       # K: read off the tokenizer
     num_classes: int = 1000         # read off the data
     width: int = 768                # D
-    layers: int = 12                # blocks; MaskGIT has one more, in the middle
+    layers: int = 12                # blocks; MaskGIT: an even number, and one in the middle
     heads: int = 12                 # h
     dropout: float = 0.1            # AR: on embeddings, attention and feed-forward output
     class_dropout: float = 0.1      # share of the training images whose class is hidden
@@ -54,49 +51,13 @@ class GeneratorConfig:
     sampling_steps: int = 8         # sampling, MaskGIT: forward passes
     softmax_temperature_annealing: bool = False     # sampling, MaskGIT: see generate
 
-    def __post_init__(self):
-        if self.width % (4 * self.heads):   # 4: pairs of channels, in two halves for rope 2d
-            raise BadInput(f"--width {self.width}: choose a multiple of 4 x --heads {self.heads}")
-        if self.mode == "maskgit" and self.layers % 2:
-            raise BadInput(f"--layers {self.layers}: a U-ViT needs an even number, for its skips")
-        if self.views not in (1, 2, 10):
-            raise BadInput(f"--views {self.views}: choose 1, 2 or 10")
-
 
 SAMPLING = ("guidance_scale", "guidance", "temperature", "top_k", "sampling_steps",
             "softmax_temperature_annealing")
-NO_FLAGS = {     # in this mode: what the other one uses, and what is read off tokenizer and data
-    "ar": {"label_smoothing", "unmasked_weight", "guidance", "sampling_steps", "codebook_size",
-           "softmax_temperature_annealing", "num_classes"},
-    "maskgit": {"dropout", "rope", "top_k", "codebook_size", "num_classes"}}
-# sampled in 8 steps, as in Table 2; the other settings of sampling are TiTok's
-UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, guidance_scale=5.5,
-                         softmax_temperature_annealing=True)
-TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4,
-                      dropout=0.0, views=1, guidance_scale=1.5)
-PRESETS = {
-    "ar_toy": TOY,
-    "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),  # at 1, samples repeat
-    "ar_small": GeneratorConfig(),
-    "maskgit_small": replace(UVIT_L, tokens=32, width=768, layers=12, heads=12),
-    "ar_full": GeneratorConfig(),  # LlamaGen-B; paper, Table 1
-    "maskgit_full": UVIT_L,
-    "titok_s_128": replace(UVIT_L, temperature=2.8, guidance_scale=6.9, guidance="power-cosine",
-                           sampling_steps=64),  # its published samples
-    "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),
-}
-TRAINING = {
-    "ar_toy": TrainConfig(steps=700, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4,
-                          warmup=50, beta2=0.95, weight_decay=0.05, ema=0.99, workers=0,
-                          log_every=25, save_every=350, preview_every=350),
-    "ar_full": TrainConfig(steps=1_500_000, micro_batch=256, end_learning_rate=1e-4, warmup=0,
-                           beta2=0.95, weight_decay=0.05, ema=0.9999),  # 300 epochs, constant rate
-    "maskgit_full": TrainConfig(batch_size=2048, micro_batch=512, learning_rate=2e-4,
-                                warmup=10_000, beta2=0.96, weight_decay=0.03),
-}
-TRAINING["maskgit_toy"] = replace(TRAINING["ar_toy"], steps=1100, beta2=0.96, weight_decay=0.03)
-TRAINING |= {f"{mode}_small": replace(TRAINING[f"{mode}_full"], micro_batch=128)
-             for mode in ("ar", "maskgit")}
+NO_FLAGS = {    # settings that a mode does not have
+    "ar": {"label_smoothing", "unmasked_weight", "guidance", "sampling_steps",
+           "softmax_temperature_annealing"},
+    "maskgit": {"dropout", "rope", "top_k"}}
 
 
 # ---- Drawing a code from logits
@@ -123,9 +84,9 @@ def guide(logits, scale):
 # ---- AR: LlamaGen (arXiv 2406.06525). Attribute names are those of its public weights
 
 def rotary(config, length, device):
-    """Cosine and sine of how far each position rotates each pair of channels: [2, T, D/h/2]. 2d:
-    half of the pairs turn by the code's row in the grid, half by its column. The class token's are
-    both 0, as LlamaGen was trained: its query and key vanish."""
+    """Cosine and sine of each position's rotation of each pair of channels: [2, T, D/h/2]. 2d: half
+    of the pairs turn by the code's row in the grid, half by its column. The class token's are both
+    0, as LlamaGen was trained: its query and key vanish."""
     position, grid = torch.arange(length - 1, device=device), math.isqrt(length)
     parts = [position] if config.rope == "1d" else [position // grid, position % grid]
     pairs = config.width // config.heads // 2 // len(parts)
@@ -136,8 +97,8 @@ def rotary(config, length, device):
 
 def apply_rotary(x, rotation):
     """Rotate channels (2i, 2i + 1) as the real and imaginary part of a number. x [B, h, T, D/h]."""
-    cos, sin = rotation                                             # 2 x [T, D/h/2]
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)              # 2 x [B, h, T, D/h/2]
+    cos, sin = rotation  # 2 x [T, D/h/2]
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # 2 x [B, h, T, D/h/2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
 
@@ -198,7 +159,7 @@ class ARGenerator(nn.Module):
         """codes int64 [B, L], labels int64 [B], drop_label bool [B] (True: hide the class) ->
         logits [B, L, K]. The last code is not read."""
         x = [self.class_token(labels, drop_label), self.tok_embeddings(codes[:, :-1])]
-        x = self.dropout(torch.cat(x, dim=1))                         # [B, L, D]
+        x = self.dropout(torch.cat(x, dim=1))  # [B, L, D]
         rotation = rotary(self.config, codes.shape[1], codes.device)  # [2, L, D/h/2]
         for layer in self.layers:
             x = layer(x, rotation)
@@ -230,7 +191,7 @@ class ARGenerator(nn.Module):
         for i in range(c.tokens):
             for layer, kept in zip(self.layers, cache):  # kept: [2, R, h, L, D/h]
                 x = layer(x, rotation[:, i:i + 1], kept, i)
-            logits = self.output(self.norm(x[:, 0]))                    # [R, K]
+            logits = self.output(self.norm(x[:, 0]))  # [R, K]
             logits = logits if R == B else guide(logits, guidance_scale)  # [B, K]
             codes.append(sample(logits, temperature, generator, top_k))
             x = self.tok_embeddings(codes[-1].repeat(R // B))[:, None]  # [R, 1, D]
@@ -287,13 +248,13 @@ class MaskGITGenerator(nn.Module):
         if drop_label is not None:
             labels = labels.masked_fill(drop_label, self.config.num_classes)
         x = torch.cat([self.mask + 1 + labels[:, None], codes], dim=1)  # [B, 1 + L]
-        x, skips = self.embeddings(x) + self.pos_embed, []              # [B, 1 + L, D]
+        x, skips = self.embeddings(x) + self.pos_embed, []  # [B, 1 + L, D]
         for block in self.in_blocks:
             x = block(x)
             skips.append(x)
         x = self.mid_block(x)
         for block in self.out_blocks:
-            x = block(x, skips.pop())             # the last first: a U
+            x = block(x, skips.pop())  # the last first: a U
         return self.lm_head(self.norm(x[:, 1:]))  # [B, L, K]
 
     @torch.no_grad()
@@ -345,7 +306,7 @@ def mask_counts(tokens, steps):
 def ar_loss(model, config, codes, labels):
     """Next-token cross-entropy, mean over positions."""
     drop_label = torch.rand(len(labels), device=labels.device) < config.class_dropout  # [B]
-    logits = model(codes, labels, drop_label).float()                                  # [B, L, K]
+    logits = model(codes, labels, drop_label).float()  # [B, L, K]
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
     return loss, {"accuracy": (logits.argmax(-1) == codes).float().mean()}
 
@@ -354,16 +315,16 @@ def maskgit_loss(model, config, codes, labels):
     """Cross-entropy after masking a random share of the codes: arccos(u) * 2 / pi for uniform u,
     which is mostly large."""
     drop_label = torch.rand(len(labels), device=labels.device) < config.class_dropout  # [B]
-    share = torch.acos(torch.rand(len(codes), 1, device=codes.device)) * 2 / math.pi   # [B, 1]
+    share = torch.acos(torch.rand(len(codes), 1, device=codes.device)) * 2 / math.pi  # [B, 1]
     # round, where mask_counts rounds down: as TiTok
-    count = (share * codes.shape[1]).round().clamp(min=1)                         # [B, 1]
+    count = (share * codes.shape[1]).round().clamp(min=1)  # [B, 1]
     masked = torch.rand(codes.shape, device=codes.device).argsort(dim=1) < count  # [B, L]
     logits = model(codes.masked_fill(masked, config.codebook_size), labels, drop_label).float()
     # flat: for [B, K, L] CUDA has no form that sums in a fixed order (--deterministic)
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none",
                            label_smoothing=config.label_smoothing).view_as(codes)  # [B, L]
-    weight = torch.where(masked, 1.0, config.unmasked_weight)                      # [B, L]
-    right = (logits.argmax(-1) == codes) & masked                                  # [B, L]
+    weight = torch.where(masked, 1.0, config.unmasked_weight)  # [B, L]
+    right = (logits.argmax(-1) == codes) & masked  # [B, L]
     return (loss * weight).sum() / weight.sum(), {"accuracy": right.sum() / masked.sum()}
 
 
@@ -371,10 +332,41 @@ GENERATORS = {"ar": ARGenerator, "maskgit": MaskGITGenerator}
 LOSSES = {"ar": ar_loss, "maskgit": maskgit_loss}
 
 
+# ---- Sizes, and how they are trained (paper, Table 4)
+
+UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, guidance_scale=5.5,
+                         softmax_temperature_annealing=True)  # 8 steps, as in Table 2
+TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4,
+                      dropout=0.0, views=1, guidance_scale=1.5)
+PRESETS = {
+    "ar_toy": TOY,
+    "ar_small": GeneratorConfig(),
+    "ar_full": GeneratorConfig(),  # LlamaGen-B
+    "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),
+    "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),  # at 1, samples repeat
+    "maskgit_small": replace(UVIT_L, tokens=32, width=768, layers=12, heads=12),
+    "maskgit_full": UVIT_L,
+    "titok_s_128": replace(UVIT_L, temperature=2.8, guidance_scale=6.9, guidance="power-cosine",
+                           sampling_steps=64),  # its published samples
+}
+TOY_TRAINING = TrainConfig(steps=700, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4,
+                           warmup=50, beta2=0.95, weight_decay=0.05, ema=0.99, workers=0,
+                           log_every=25, save_every=350, preview_every=350)
+AR_TRAINING = TrainConfig(steps=1_500_000, micro_batch=256, end_learning_rate=1e-4, warmup=0,
+                          beta2=0.95, weight_decay=0.05, ema=0.9999)  # 300 epochs, constant rate
+MASKGIT_TRAINING = TrainConfig(batch_size=2048, micro_batch=512, learning_rate=2e-4, warmup=10_000,
+                               beta2=0.96, weight_decay=0.03)
+TRAINING = {
+    "ar_toy": TOY_TRAINING,
+    "ar_small": replace(AR_TRAINING, micro_batch=128),
+    "ar_full": AR_TRAINING,
+    "maskgit_toy": replace(TOY_TRAINING, steps=1100, beta2=0.96, weight_decay=0.03),
+    "maskgit_small": replace(MASKGIT_TRAINING, micro_batch=128),
+    "maskgit_full": MASKGIT_TRAINING,
+}
+
+
 # ---- The code cache: the codes of all images, extracted once, in <out>/codes_<tokenizer>
-
-BLOCK = 16_384  # images in a part of the cache
-
 
 def open_tokenizer(path, device="cpu"):
     """A NativeTok, a TiTok or a VQGAN; its .path is path."""
@@ -401,45 +393,40 @@ def views_of(images, views, size):
     its flip; 10: corners and middle, then their flips."""
     room = images.shape[-1] - size
     corners = [(0, 0), (0, room), (room, 0), (room, room), (round(room / 2),) * 2]
-    crops = [images[..., y:y + size, x:x + size] for y, x in corners[:5 if views == 10 else 1]]
+    crops = [images[..., y:y + size, x:x + size] for y, x in corners[:{1: 1, 2: 1, 10: 5}[views]]]
     return (crops + [crop.flip(-1) for crop in crops])[:views]
 
 
 @torch.no_grad()
 def extract_codes(run, tokenizer, fingerprint, dataset, folder):
-    """codes [views, n, L] of all images; the ranks share the missing parts."""
+    """codes [views, n, L] of all images; each rank makes a part of them."""
     n, views, codebook_size = len(dataset), run.config.views, run.config.codebook_size
-    key = data.hash_of(fingerprint, dataset.fingerprint, n, views, codebook_size, BLOCK)
+    key = data.hash_of(fingerprint, dataset.fingerprint, n, views, codebook_size)
+    parts = [folder / f"part_{key}_{rank:02}of{run.world}.npy" for rank in range(run.world)]
     if run.main:    # AR and MaskGIT may start side by side: the second waits for the first
         lock = trainer.lock(folder / ".lock", wait=True)  # noqa: F841, held until the return
-        for part in {*folder.glob("part_*")} - {*folder.glob(f"part_{key}_*")}:
+        for part in {*folder.glob("part_*")} - {*parts}:
             part.unlink()  # of another tokenizer, other data or views
-    trainer.gather(None)   # rank 0 is here
-    for i in range(run.rank, math.ceil(n / BLOCK), run.world):
-        part, rows = folder / f"part_{key}_{i:06}.npy", np.arange(n)[i * BLOCK:][:BLOCK]
-        if part.exists():
-            continue
-        run.say(f"{part}: codes of images {rows[0]:,} to {rows[-1]:,} of {n:,}")
-        codes = []
+    trainer.gather(None)    # the others wait for rank 0
+    if not parts[run.rank].exists():
+        run.say(f"{folder}: codes of {n:,} images")
+        rows, codes = np.array_split(np.arange(n), run.world)[run.rank], []
         for images, _ in data.all_images(dataset, 64, rows, run.training.workers):
-            seen = views_of(images.to(run.device), views, tokenizer.config.image_size)
-            codes.append(torch.stack([tokenizer.encode(view) for view in seen]).cpu())
+            crops = views_of(images.to(run.device), views, tokenizer.config.image_size)
+            codes.append(torch.stack([tokenizer.encode(crop) for crop in crops]).cpu())
         codes = torch.cat(codes, dim=1).numpy()  # [views, rows, L]
         codes = codes.astype(np.uint16 if codebook_size <= 2 ** 16 else np.uint32)
 
         def save(temporary):
             with open(temporary, "wb") as file:  # to a name, np.save would add .npy
                 np.save(file, codes)
-        trainer.write_atomically(part, save)
-    trainer.gather(None)  # all parts are there
-    codes = load_codes(folder)
-    trainer.gather(None)  # all ranks have read them: the lock may go
-    return codes
+        trainer.write_atomically(parts[run.rank], save)
+    trainer.gather(None)    # all parts are there
+    return np.concatenate([*map(np.load, parts)], axis=1)
 
 
 def load_codes(folder):  # -> [views, n, L]
-    parts = sorted(Path(folder).glob("part_*.npy"))
-    return np.concatenate([np.load(part) for part in parts], axis=1)
+    return np.concatenate([*map(np.load, sorted(Path(folder).glob("part_*.npy")))], axis=1)
 
 
 def code_batches(codes, labels, batch_size, seed, step=0, rank=0, world=1, accumulate=1):
@@ -455,16 +442,14 @@ def code_batches(codes, labels, batch_size, seed, step=0, rank=0, world=1, accum
 
 # ---- Training
 
-def train(args, config, training, tokenizer_path):
+def train(args, config, tokenizer_path):
+    training = trainer.override(TRAINING[f"{config.mode}_{args.config}"], args)
     tokenizer = open_tokenizer(tokenizer_path, args.device)
     room = 1.1 if config.views == 10 else 1  # for ten crops
     size = int(room * tokenizer.config.image_size)
     dataset = data.open_dataset(args.data, "train", size, draft=True)
-    tokens, codebook_size = tokenizer.config.tokens, tokenizer.config.codebook_size
-    if getattr(args, "tokens", tokens) != tokens:
-        raise BadInput(f"--tokens {args.tokens}: {tokenizer_path} has {tokens}. Leave it out")
-    config = replace(config, tokens=tokens, codebook_size=codebook_size,
-                     num_classes=len(dataset.classes))
+    config = replace(config, tokens=tokenizer.config.tokens, num_classes=len(dataset.classes),
+                     codebook_size=tokenizer.config.codebook_size)
     name, fingerprint = codes_name(tokenizer_path), codes_fingerprint(tokenizer)
     counts = np.bincount(dataset.labels, minlength=config.num_classes).tolist()
     run = trainer.Run(args, config.mode, f"{config.mode}_{name}", config, training, dataset,
@@ -497,7 +482,7 @@ def train(args, config, training, tokenizer_path):
         run.log(step, grad_norm=grad_norm)
         if run.preview_due(step):
             shown = torch.arange(min(10, config.num_classes)).repeat_interleave(8)  # 8 per row
-            images = decode(tokenizer, sample_codes(ema.model, shown))
+            images = tokenizer.decode_codes(sample_codes(ema.model, shown).to(run.device))
             save_grid(images, run.path.with_name(f"{run.path.stem}_preview.png"))
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
@@ -540,89 +525,69 @@ def sample_codes(model, labels, seed=0, batch_size=500, **changes):
     return torch.cat([generate(batch.to(device)).cpu() for batch in labels.split(batch_size)])
 
 
-def decode(tokenizer, codes):
-    """codes [n, L] -> images [n, 3, H, W] on the CPU."""
-    codes = codes.to(next(tokenizer.parameters()).device)
-    return torch.cat([tokenizer.decode_codes(batch).cpu() for batch in codes.split(100)])
-
-
 def save_grid(images, path):
     data.save_picture(data.picture_grid(images, 8, scale=max(1, 64 // images.shape[-1])), path)
 
 
 def find_classes(text, names):
-    """Class numbers of "3,bag": a name, a number, or a word that several names may share."""
-    found, names = [], [name.lower() for name in names]
-    for word in (word.strip() for word in text.lower().split(",")):
-        fits = ([i for i, name in enumerate(names) if word == name]
-                or [i for i in range(len(names)) if word == str(i)]
-                or [i for i, name in enumerate(names) if word in name.split()])
-        if not fits:
-            raise BadInput(f"--classes {word}: no such class. There are 0 to {len(names) - 1}: "
-                           f"{', '.join(names[:12])}{', ...' * (len(names) > 12)}")
-        found += fits
-    return found
+    """Class numbers of names or numbers, such as "3,bag"."""
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    try:
+        return [numbers[word.strip()] for word in text.split(",")]
+    except KeyError as word:
+        raise BadInput(f"--classes {word}: no such class. Choose from 0 to {len(names) - 1}, or "
+                       f"{', '.join(names[:12])} ..") from None
 
 
 def sample_pictures(args, tokenizer_path, path):
-    """--sample: new images in one grid, or with --separate as files in a folder, written as they
-    come."""
+    """--sample: new images in one grid, or with --separate as files in a folder."""
     model, tokenizer = load_pair(path, tokenizer_path, args.device)
     changes = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
     output = Path(args.output or args.out / f"{path.stem}_samples{'' if args.separate else '.png'}")
     if (args.separate or args.output) and output.exists() and not args.overwrite:
-        raise BadInput(f"{output}: exists. Choose another --output, or replace its samples with "
-                       f"--overwrite")
-    names, count = model.classes, args.sample
+        raise BadInput(f"{output}: exists. Choose another --output, or give --overwrite")
+    names, count, grid = model.classes, args.sample, []
     wanted = find_classes(args.classes, names) if args.classes else range(len(names))
-    labels = torch.tensor([wanted[i * len(wanted) // count] for i in range(count)])     # [n]
-    batches = (decode(tokenizer, sample_codes(model, batch, args.seed + 10 ** 9 * i, **changes))
-               for i, batch in enumerate(labels.split(500)))    # [500, 3, H, W] each
-    if args.separate:
-        names = [name.replace("/", "-") for name in names]
-        for file in output.glob("*_*.png"):     # what is named as --sample names its files
-            number, _, name = file.stem.partition("_")
-            if number.isdigit() and len(number) >= 5 and name in names:
-                file.unlink()
-        for i, image in enumerate(chain.from_iterable(batches)):
-            file = output / f"{i:05}_{names[labels[i]]}.png"
+    labels = torch.tensor([wanted[i * len(wanted) // count] for i in range(count)])  # [n]
+    for file in output.glob("*.png") if args.separate else ():
+        file.unlink()
+    for i, batch in enumerate(labels.split(100)):
+        codes = sample_codes(model, batch, args.seed + 10 ** 9 * i, **changes)  # [100, L]
+        images = tokenizer.decode_codes(codes.to(args.device)).cpu()
+        if not args.separate:
+            grid.append(images)
+            continue
+        for number, image in enumerate(images, 100 * i):
+            file = output / f"{number:05}_{names[labels[number]]}.png"
             data.save_picture(data.picture_grid(image[None], 1), file)
-    else:
-        save_grid(torch.cat([*batches]), output)
+    if grid:
+        save_grid(torch.cat(grid), output)
     print(f"{output}: {count} samples")
 
 
 def main():
-    words = " ".join(sys.argv)      # each mode has its own flags, and so has --sample
-    mode = re.findall(r"--mode[ =](\w+)", words) or [
-        PRESETS[name].mode for name in re.findall(r"--preset[ =](\w+)", words) if name in PRESETS]
-    unused = NO_FLAGS["maskgit" if mode and mode[-1] == "maskgit" else "ar"]
-    names = {field.name for field in fields(GeneratorConfig)} - unused
-    sampling = re.search(r"--sample\b", words)
-    parser = trainer.command_line(__doc__, *[] if sampling else [TrainConfig])
+    parser = trainer.command_line(__doc__, TrainConfig)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE", help="default: the NativeTok of --tokens in --out")
     add("--preset", choices=tuple(PRESETS), metavar="NAME",
         help="default <mode>_<config>; also llamagen_l, titok_s_128")
-    add("--sample", type=int, metavar="N", help="write N new images and stop; see --sample 1 -h")
-    if sampling:
-        names &= {"mode", "tokens", *SAMPLING}
-        add("--classes", help="names or numbers, such as 3,bag; default: all")
-        add("--separate", action="store_true", help="files in a folder, not a grid")
-        add("--output", metavar="PATH", help="a .png, or with --separate a folder")
-    trainer.add_fields(parser.add_argument_group("Of this --mode, defaults by --preset"),
+    add("--sample", type=int, metavar="N", help="write N new images and stop")
+    add("--classes", help="of --sample: names or numbers, such as 3,bag; default: all")
+    add("--separate", action="store_true", help="of --sample: files in a folder, not a grid")
+    add("--output", metavar="PATH", help="of --sample: a .png, or with --separate a folder")
+    names = {field.name for field in fields(GeneratorConfig)} - {"codebook_size", "num_classes"}
+    trainer.add_fields(parser.add_argument_group("GeneratorConfig, defaults by --preset"),
                        GeneratorConfig, names)
     args = trainer.parse(parser)
     preset = args.preset or f"{getattr(args, 'mode', 'ar')}_{args.config}"
     config = trainer.override(PRESETS[preset], args)
-    training = trainer.override(TRAINING[f"{config.mode}_{args.config}"], args)
-    if args.sample is None:
-        data.find_folder(args.data)  # a folder that is missing is named before a tokenizer
+    if others := NO_FLAGS[config.mode] & vars(args).keys():
+        raise BadInput(f"--{min(others)}: not of --mode {config.mode}")
     tokenizer_path = args.tokenizer or default_tokenizer(args.out, config.tokens)
     if args.sample is not None:
-        name = f"{config.mode}_{codes_name(tokenizer_path)}.pt"
-        return sample_pictures(args, tokenizer_path, args.out / name)
-    train(args, config, training, tokenizer_path)
+        path = args.out / f"{config.mode}_{codes_name(tokenizer_path)}.pt"
+        return sample_pictures(args, tokenizer_path, path)
+    train(args, config, tokenizer_path)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,6 @@
     python hnt.py --tokens 16           # then this: 8 -> 16 in the toy
     torchrun --nproc_per_node=4 hnt.py --tokens 64      # full: 32 -> 64; again with --tokens 128
 
-NativeTok in short (tokenizer.py has it in full): the Meta Image Transformer (MIT) reads the image
-once; expert i reads its result, the tokens z_0 .. z_{i-1} and a pad token, and writes z_i at the
-pad's position; a linear layer (to_code) and a quantizer make z_i a code; a decoder reads all codes.
-
 Experts are separate modules, and none reads what a later one writes. So a NativeTok of 16 tokens
 can keep the first 8 experts of a trained one: while they are frozen, their tokens stay the same, to
 the bit. Growing is surgery on the state dict (`grow`): MIT and experts 0 .. 7 are kept, expert
@@ -23,7 +19,6 @@ everything trains, the comparison; reuse stays frozen to the end; reuse+finetune
 
 Letters as in tokenizer.py: B batch, H W pixels, G side of the VQGAN's grid, D width of the decoder.
 """
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,18 +40,15 @@ TRAINING = {
 
 def grow(state_dict, old_tokens, new_tokens):
     """The state dict of a NativeTok of old_tokens -> that of one of new_tokens, whose first
-    old_tokens tokens are the same.
-
-    Expert old + j and its row of the decoder's latent positions start as copies of those of token
-    j modulo old. Everything else is kept. Raises BadInput unless new_tokens > old_tokens.
-    """
+    old_tokens tokens are the same. Expert old + j and its row of the decoder's latent positions
+    start as copies of those of token j modulo old. Everything else is kept."""
     if new_tokens <= old_tokens:
         raise BadInput(f"--tokens {new_tokens}: HNT grows, and its source has {old_tokens} already")
-    origin = [token % old_tokens for token in range(new_tokens)]    # whose weights each starts with
+    origin = [token % old_tokens for token in range(new_tokens)]  # whose weights each starts with
     grown = {key: value.clone() for key, value in state_dict.items()
              if not key.startswith("mocet.experts.")}
-    positions = grown["decoder.latent_positions"]                           # [1, old, D]
-    grown["decoder.latent_positions"] = positions[:, origin]                # [1, new, D]
+    positions = grown["decoder.latent_positions"]  # [1, old, D]
+    grown["decoder.latent_positions"] = positions[:, origin]  # [1, new, D]
     for token, source in enumerate(origin):
         prefix = f"mocet.experts.{source}."
         for key, value in state_dict.items():
@@ -79,43 +71,29 @@ def unfreeze(model):
         part.requires_grad_(True)
 
 
-def find_source(args, tokens):
-    """The checkpoint to grow: --source, or the longest shorter nativetok_N.pt in --out."""
-    found = [(int(m[1]), path) for path in args.out.glob("nativetok_*.pt")
-             if (m := re.fullmatch(r"nativetok_(\d+)", path.stem)) and int(m[1]) < tokens]
-    if not (args.source or found):
-        raise BadInput(f"{args.out}: no NativeTok of fewer than {tokens} tokens there to grow. "
-                       f"Train it first: python tokenizer.py --tokens {max(1, tokens // 2)}")
-    return args.source or max(found)[1]
-
-
 def train(args):
     tokens = args.tokens or {"toy": 16}.get(args.config, 64)
-    training = tokenizer.recompute_if_large(TRAINING[args.config], args, tokens)
+    # more than 64 tokens leave too little of 80 GB without --recompute
+    training = replace(TRAINING[args.config], recompute=tokens > 64)
     training = trainer.override(training, args)
-    data.find_folder(args.data)     # what is missing is named before an earlier stage is
-    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt", args.device)   # frozen
-    source_path = find_source(args, tokens)
-    source = tokenizer.load_tokenizer(source_path)
-    if source.config.model != "nativetok":
-        raise BadInput(f"{source_path}: a {source.config.model}; only NativeTok has experts")
+    teacher = vqgan.load_vqgan(args.out / "vqgan.pt", args.device)  # frozen
+    source_path = args.source or args.out / f"nativetok_{tokens // 2}.pt"
+    source = tokenizer.load_tokenizer(
+        source_path, make=f"python tokenizer.py --tokens {tokens // 2}, or hnt.py, or --source")
     if trainer.fingerprint(source.pixel_decoder) != trainer.fingerprint(teacher.decoder):
-        raise BadInput(f"{source_path}: trained with another VQGAN, or after stage 2. Name its "
-                       f"VQGAN with --vqgan, or start from a file of stage 1")
+        raise BadInput(f"{source_path}: trained with another VQGAN than {args.out}/vqgan.pt, or "
+                       f"after stage 2")
     config, reused = replace(source.config, tokens=tokens), source.config.tokens
     frozen_steps = int(FROZEN_SHARE[args.strategy] * training.steps)
     suffix = "" if args.strategy == "reuse+finetune" else f"_{args.strategy}"
     grown = grow(source.state_dict(), reused, tokens)
-    train_set = data.open_dataset(args.data, "train", config.image_size,
-                                  augment=True, draft=True)
-    val_set = data.open_dataset(args.data, "val", config.image_size)
-    run = trainer.Run(args, "tokenizer", tokenizer.checkpoint_name(config) + suffix, config,
-                      training, train_set, reused=reused, frozen_steps=frozen_steps,
-                      vqgan=trainer.fingerprint(teacher), source=trainer.fingerprint(source))
-    originals = next(data.all_images(val_set, 16))[0].to(run.device)
+    train_set, originals = tokenizer.open_images(args, config.image_size)
+    run = trainer.Run(args, "tokenizer", f"nativetok_{tokens}{suffix}", config, training, train_set,
+                      reused=reused, frozen_steps=frozen_steps, vqgan=trainer.fingerprint(teacher),
+                      source=trainer.fingerprint(source))
 
     model = NativeTok(config)
-    if args.strategy == "full":         # random weights, but for the VQGAN's part
+    if args.strategy == "full":  # random weights, but for the VQGAN's part
         grown = {key: value for key, value in grown.items() if key.startswith("pixel_")}
     model.load_state_dict(grown, strict=args.strategy != "full")
     tokenizer.prepare(model, training)
@@ -125,31 +103,30 @@ def train(args):
     if frozen:
         freeze_reused(model, reused)
     loss_fn = run.parallel(Stage1Loss(model))
-    optimizer = trainer.adamw(model, training)      # holds what trains, nothing else
+    optimizer = trainer.adamw(model, training)  # holds what trains, nothing else
     ema = trainer.Ema(model, training.ema)
-    run.say(f"{source_path}: {reused} tokens, grown to {tokens}; the first {frozen_steps} steps of "
-            f"{training.steps} are frozen")
+    run.say(f"{source_path} grown to {tokens} tokens; the first {frozen_steps} steps are frozen")
     run.start(model=model, ema=ema, optimizer=optimizer)
     batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
                            training.workers)
 
     for step in range(run.step, training.steps):
-        if frozen and step == frozen_steps:     # now everything trains; AdamW starts again
+        if frozen and step == frozen_steps:  # now everything trains; AdamW starts again
             frozen = False
             unfreeze(model)
             loss_fn = run.parallel(Stage1Loss(model))
             optimizer = trainer.adamw(model, training)
         trainer.set_lr(optimizer, trainer.cosine(step, training))
         optimizer.zero_grad()
-        for images, _ in run.micro_batches(batches, loss_fn):               # [B, 3, H, W]
-            targets = teacher.encode(images)                                # [B, G*G], in float32
+        for images, _ in run.micro_batches(batches, loss_fn):  # [B, 3, H, W]
+            targets = teacher.encode(images)  # [B, G*G], in float32
             with run.autocast():
                 loss, parts = loss_fn(images, targets)
             (loss / run.accumulate).backward()
             run.add(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
-        model.quantizer.update_usage()      # without revival, which would change the old tokens
+        model.quantizer.update_usage()  # without revival, which would change the old tokens
         ema.update(model)
         run.log(step, grad_norm=grad_norm, frozen=float(frozen), **model.quantizer.stats())
         if run.preview_due(step):
@@ -161,11 +138,9 @@ def main():
     parser = trainer.command_line(__doc__, TrainConfig)
     parser.add_argument("--tokens", type=int, help="L to grow to; default: 16 (toy) or 64")
     parser.add_argument("--source", metavar="FILE", type=Path,
-                        help="the tokenizer to grow; default: the longest shorter one in --out")
+                        help="the tokenizer to grow; default: that of half the --tokens, in --out")
     parser.add_argument("--strategy", choices=tuple(FROZEN_SHARE), default="reuse+finetune",
                         metavar="", help=f"Table 3b: {', '.join(FROZEN_SHARE)}")
-    parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file",
-                        help="the stage 0 checkpoint, default OUT/vqgan.pt")
     train(trainer.parse(parser))
 
 

@@ -240,7 +240,6 @@ def test_fast_and_recomputed_mocet_equal_plain_in_outputs_and_gradients(layers):
     mocet = tokenizer.MoCET(tokens=5, width=16, heads=2, layers=layers).double().train()
     x_latent = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
     target = torch.randn(2, 5, 16, dtype=torch.float64)
-    assert not tokenizer.recomputed.keywords["preserve_rng_state"]      # it would wait for the GPU
     results = []
     for recompute, forward in ((False, mocet.forward_plain), (False, mocet), (True, mocet)):
         mocet.recompute = recompute
@@ -261,14 +260,12 @@ def test_compiled_blocks_share_a_graph_and_equal_the_plain_ones(monkeypatch):
     from torch._dynamo.utils import counters
     plain, frames = gradients(), counters["frames"]
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     for name in ("forward", "last_position"):           # to be put back at the end
         monkeypatch.setattr(tokenizer.Block, name, getattr(tokenizer.Block, name))
         trainer.compile_methods(tokenizer.Block, name)
     before = frames["ok"]
     torch.testing.assert_close(gradients(), plain, rtol=1e-5, atol=1e-6)
     assert frames["ok"] - before == 3       # MIT's blocks, the experts' first ones, their last ones
-    assert not torch._dynamo.config.optimize_ddp        # DDP would cut them
 
 
 @pytest.mark.parametrize("model", ["nativetok", "titok", "titok_causal"])
@@ -283,8 +280,6 @@ def test_decode_takes_any_prefix_hard_the_most_probable_codes(model):
     best = model.decoder(model.quantizer.lookup(codes)).argmax(-1)
     grid = model.pixel_codebook(best).transpose(1, 2).unflatten(2, (4, 4))
     torch.testing.assert_close(decoded, model.pixel_decoder(grid).clamp(0, 1))
-    with pytest.raises(BadInput, match="5 codes"):
-        model.decode_codes(torch.zeros(1, 5, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("model, reaches", [("titok", True), ("titok_causal", False)])
@@ -324,7 +319,7 @@ def test_stage2_leaves_codes_alone_and_trains_only_the_decoders(toy):
         assert not torch.equal(one[key], two[key])
 
 
-def test_stage2_scores_pixels_in_float32_and_warms_its_discriminator_up(toy, tmp_path):
+def test_stage2_scores_pixels_in_float32():
     model, seen = tiny(), []
 
     def perceptual_loss(a, b):
@@ -336,13 +331,6 @@ def test_stage2_scores_pixels_in_float32_and_warms_its_discriminator_up(toy, tmp
     with torch.autocast("cpu", torch.bfloat16):
         loss_fn(pictures(), lambda images: seen.append(images @ images.mT) or seen[-1])
     assert [x.dtype for x in seen] == 3 * [torch.float32]
-    run(f"python tokenizer.py {SMALL} --stage 2 --tokens 4 --checkpoint {toy / 'nativetok_4.pt'} "
-        f"--out {tmp_path} --steps 3 --gan_start 2 --discriminator_first 0 --warmup 4 "
-        f"--learning_rate 1")
-    saved = load(tmp_path / "nativetok_4_stage2.pt")        # after 3 steps, 1 with discriminator
-    decoders, discriminator = (saved[name]["param_groups"][0]["lr"]
-                               for name in ("optimizer", "discriminator_optimizer"))
-    assert decoders == pytest.approx(3 / 4) and discriminator == pytest.approx(5 / 4)
 
 
 def test_tokenizer_overfits_16_images():
@@ -419,10 +407,6 @@ def test_hnt_run_keeps_the_codes_while_frozen(toy):
     old, new = (tokenizer.load_tokenizer(toy / f"nativetok_{n}.pt") for n in ("2", "4_reuse"))
     images, _ = next(data.all_images(data.open_dataset("shapes", "val", 32), 16))
     assert torch.equal(new.encode(images)[:, :2], old.encode(images))
-    held = load(toy / "nativetok_4_reuse.pt")["optimizer"]["param_groups"]
-    hnt.unfreeze(new)
-    hnt.freeze_reused(new, 2)
-    assert sum(len(g["params"]) for g in held) == sum(p.requires_grad for p in new.parameters())
 
 
 # ---- Stage 0 (vqgan.py)
@@ -662,8 +646,8 @@ def test_the_toy_weights_of_make_sample(tmp_path):
     run(f"python generator.py --config toy --mode ar --sample 8 --out {folder} --output "
         f"{tmp_path}/samples.png")
     assert Image.open(tmp_path / "samples.png").size == (8 * 66 - 2, 64)
-    run(f"python tokenizer.py --config toy --reconstruct {tmp_path}/samples.png --out {tmp_path} "
-        f"--checkpoint {folder}/nativetok_16_stage2.pt")
+    shutil.copy(folder / "nativetok_16_stage2.pt", tmp_path)
+    run(f"python tokenizer.py --config toy --reconstruct {tmp_path}/samples.png --out {tmp_path}")
     assert Image.open(tmp_path / "reconstruct.png").size == (2 * 130 - 2, 128)
 
 
@@ -929,9 +913,6 @@ def test_schedule_is_warm_up_and_cosine():
 def test_full_size_is_trained_and_sampled_as_published():
     assert hnt.TRAINING["full"].steps == 500_000        # of which appendix F.1's 450,000 frozen
     assert hnt.FROZEN_SHARE["reuse+finetune"] * hnt.TRAINING["full"].steps == 450_000
-    for config, tokens, expected in (("full", 64, False), ("full", 128, True), ("toy", 128, False)):
-        training, args = tokenizer.TRAINING[config, 1], SimpleNamespace(config=config)
-        assert tokenizer.recompute_if_large(training, args, tokens).recompute == expected
     assert generator.TRAINING["ar_full"].ema == 0.9999
     sampling = [{name: getattr(generator.PRESETS[preset], name) for name in generator.SAMPLING}
                 for preset in ("maskgit_full", "titok_s_128")]
@@ -986,18 +967,17 @@ def test_help_has_every_field_and_fits_on_a_screen():
     for command in ("vqgan.py", "tokenizer.py", "tokenizer.py --stage 2", "hnt.py", "generator.py"):
         text = run(f"python {command} -h")
         assert all(f"--{field}" in text for field in trainer.TrainConfig.__dataclass_fields__)
-        assert "generator" not in command or all(
-            f"--{name}" in text for name in ("layers", "rope", "temperature", "top_k"))
         assert len(text.splitlines()) <= (60 if "generator" in command else 50)
         assert ("--expert_width" in text) == (command == "tokenizer.py")
 
 
 # ---- What users do wrong: one line, exit code 2, no traceback, nothing half-written
 
-def test_bad_flags(tmp_path, monkeypatch):
+def test_bad_flags(tmp_path):
     for command, words in {
             "tokenizer.py --token 16": ["--token", "-h"],
             "tokenizer.py --gan_weight 1": ["--gan_weight"],        # stage 2's
+            "tokenizer.py --stage=2 --heads 4": ["--heads"],        # stage 1's
             "tokenizer.py --model nativetoc": ["nativetoc", "titok_causal"],
             "tokenizer.py --tokens many": ["--tokens", "invalid int"],
             "generator.py --mode arr": ["arr", "maskgit"],
@@ -1005,23 +985,16 @@ def test_bad_flags(tmp_path, monkeypatch):
             "tokenizer.py --device cuda": ["--device cuda", "not present"],
             "tokenizer.py --device gpu": ["--device gpu", "cpu"],
             "vqgan.py --config toy --micro_batch 0": ["--micro_batch 0"],
-            "tokenizer.py --model titok --expert_width 8": ["--expert_width: TiTok has no experts"],
             "generator.py --mode ar --guidance_scale nan": ["--guidance_scale", "finite", "nan"],
-            "generator.py --mode maskgit --top_k 0": ["--top_k 0"]}.items():
+            "generator.py --sampling_steps 2": ["--sampling_steps: not of --mode ar"],
+            "generator.py --preset maskgit_toy --sample 4 --top_k 0": ["--top_k: not of --mode"],
+            "generator.py --num_classes 3": ["--num_classes"],      # read off the data
+    }.items():
         refused(f"python {command} --out {tmp_path}", *words)
-    for script, *words, flag, value in map(str.split, (         # each mode has only its own
-            "generator --sampling_steps 2", "generator --guidance linear",
-            "generator --preset maskgit_toy --rope 1d", "generator --mode=maskgit --dropout 0",
-            "generator --classes bag", "generator --sample 4 --steps 5",
-            "generator --preset maskgit_toy --sample 4 --top_k 1",
-            "tokenizer --reconstruct a.png --steps 5")):
-        monkeypatch.setattr(sys, "argv", [script, *words, flag, value])
-        with pytest.raises(BadInput, match=f"unrecognized arguments: {flag} {value}"):
-            globals()[script].main()
     assert not list(tmp_path.iterdir())
 
 
-def test_stages_out_of_order(tmp_path):
+def test_stages_out_of_order(toy, tmp_path):
     stage1 = "python tokenizer.py --tokens 16"
     for command, words in {
             "tokenizer.py": ["vqgan.pt: not found", "python vqgan.py"],
@@ -1030,11 +1003,11 @@ def test_stages_out_of_order(tmp_path):
             "generator.py --mode ar --sample 4": [stage1],
             "tokenizer.py --reconstruct x.png": [stage1]}.items():
         refused(f"python {command} --config toy --out {tmp_path}", *words)
-    for command in ("vqgan.py", "tokenizer.py --tokens 128", "tokenizer.py --stage 2", "hnt.py",
-                    "generator.py --mode ar"):      # the folder that is missing is named first
-        refused(f"python {command} --config full --data {tmp_path}/imagenet --out {tmp_path}",
-                "imagenet", "train/<class>")
     assert not list(tmp_path.iterdir())
+    for command in ("vqgan.py", "tokenizer.py --tokens 3", "tokenizer.py --tokens 4 --stage 2",
+                    "hnt.py --tokens 4", "generator.py --tokens 4"):
+        refused(f"python {command} --config toy --data {tmp_path}/imagenet --out {toy}",
+                "imagenet", "train/<class>")
 
 
 def test_wrong_checkpoints(toy, tmp_path):
@@ -1050,19 +1023,20 @@ def test_wrong_checkpoints(toy, tmp_path):
     nan["ema"]["model"]["decoder.conv_out.bias"][1] = math.nan
     torch.save(nan, out / "nan.pt")
     for name, words in {"cut": "cut short", "text": "not a checkpoint", "other": "not a checkpoint",
-                        "absent": "not found", "nativetok_4": "stage 'tokenizer', wanted vqgan",
+                        "nativetok_4": "stage 'tokenizer', wanted vqgan",
                         "size": "another version or size", "nan": "not finite"}.items():
-        refused(f"python tokenizer.py {command} --vqgan {out}/{name}.pt", f"{name}.pt", words)
+        shutil.copy(out / f"{name}.pt", out / "vqgan.pt")
+        refused(f"python tokenizer.py {command}", "vqgan.pt", words)
     refused(f"python vqgan.py {SMALL} --out {tmp_path} --perceptual convnext --convnext missing",
             "missing: not found", "convnext_small", "--perceptual none")
-    refused(f"python hnt.py {command} --tokens 2", "fewer than 2 tokens", "tokenizer.py --tokens 1")
+    shutil.copy(toy / "vqgan.pt", out)
+    refused(f"python hnt.py {command} --tokens 2", "nativetok_1.pt: not found", "--tokens 1")
     refused(f"python hnt.py {command} --tokens 2 --source {out}/nativetok_4.pt", "HNT grows")
     stage2 = f"python tokenizer.py {command} --stage 2"
     refused(f"{stage2} --checkpoint {toy}/nativetok_4_stage2.pt", "stage 2 already")
-    refused(f"{stage2} --tokens 2 --checkpoint {toy}/nativetok_4.pt", "--tokens 2", "has 4")
     run(f"python vqgan.py {SMALL} --out {tmp_path} --steps 1 --seed 9 --perceptual none")
     refused(f"python hnt.py {SMALL} --out {tmp_path} --tokens 4 --source {toy}/nativetok_2.pt",
-            "nativetok_2.pt", "another VQGAN", "--vqgan")
+            "nativetok_2.pt", "another VQGAN")
 
 
 # ---- Results: pictures instead of training
@@ -1082,11 +1056,9 @@ def test_reconstruct_and_sample(toy, tmp_path):
     run(f"{sample} --sample 5 --separate --output {tmp_path}/files")
     assert len(list((tmp_path / "files").glob("*.png"))) == 5
     refused(f"{sample} --sample 5 --separate --output {tmp_path}/files", "exists", "--overwrite")
-    users = [tmp_path / "files" / name for name in ("20260101_120000.png", "1_star.png", "a.txt")]
-    for file in users:
-        file.touch()
+    (tmp_path / "files/a.txt").touch()
     run(f"{sample} --sample 3 --separate --output {tmp_path}/files --overwrite")
-    assert len(list((tmp_path / "files").iterdir())) == 3 + 3 and all(map(Path.exists, users))
+    assert len(list((tmp_path / "files").iterdir())) == 3 + 1
     refused(f"{sample} --sample 5 --classes strr", "strr", "star")
     refused(f"python tokenizer.py --reconstruct {tmp_path}/no.png {shared}", "no.png")
     said = run(f"python data.py --data shapes --preview {tmp_path}/p.png --note {tmp_path}/note")
@@ -1094,20 +1066,6 @@ def test_reconstruct_and_sample(toy, tmp_path):
     assert (tmp_path / "note").read_text() == "shapes"
     assert Image.open(tmp_path / "p.png").size == (10 * 66 - 2, 10 * 66 - 2)
     refused("python data.py --data missing", "--data missing: no such folder")
-
-
-def test_samples_are_written_as_they_come(monkeypatch, tmp_path):
-    events, model = [], SimpleNamespace(classes=["bag/s"], config=AR)
-    monkeypatch.setattr(generator, "load_pair", lambda *_: (model, None))
-    monkeypatch.setattr(generator, "sample_codes", lambda model, labels, seed: labels)
-    monkeypatch.setattr(generator, "decode", lambda _, codes: (
-        events.append("decoded"), torch.zeros(len(codes), 3, 2, 2))[1])
-    monkeypatch.setattr(data, "save_picture", lambda _, path: events.append(path.name))
-    args = SimpleNamespace(sample=502, seed=0, device=CPU, out=tmp_path, separate=True, output=None,
-                           overwrite=False, classes=None)
-    generator.sample_pictures(args, None, tmp_path / "ar_x.pt")
-    assert [events.index("00499_bag-s.png"), events[501:]] == [
-        500, ["decoded", "00500_bag-s.png", "00501_bag-s.png"]]
 
 
 # ---- Data (data.py)
@@ -1390,19 +1348,6 @@ def test_ar_cache_and_one_guidance_pass_equal_the_plain_form(rope):
         assert torch.equal(fast, model.generate_plain(LABELS, generator=seeded(), **settings))
 
 
-@pytest.mark.parametrize("rope", ["1d", "2d"])
-def test_ar_logits_at_i_do_not_read_codes_from_i_on(rope):
-    model = random_generator(replace(AR, rope=rope))
-    codes = torch.randint(24, (5, 9), generator=seeded())
-    before = model(codes, LABELS)
-    for i in range(9):
-        other = codes.clone()
-        other[:, i:] = (codes[:, i:] + 1) % 24
-        after = model(other, LABELS)
-        torch.testing.assert_close(after[:, :i + 1], before[:, :i + 1], rtol=0, atol=1e-6)
-        assert ((after - before)[:, i + 1:].abs().amax(-1) > 1e-3).all()    # all later ones do
-
-
 @pytest.mark.parametrize("config", [AR, MASKGIT], ids=["ar", "maskgit"])
 def test_without_class_the_class_is_not_read(config):
     model, codes = random_generator(config), torch.randint(24, (5, config.tokens))
@@ -1417,7 +1362,6 @@ def test_without_class_the_class_is_not_read(config):
 
 @pytest.mark.parametrize("config", [AR, MASKGIT], ids=["ar", "maskgit"])
 def test_training_hides_the_class_of_a_share_of_the_images(config):
-    torch.manual_seed(0)
     hidden, codes = [], torch.zeros(2000, config.tokens, dtype=torch.int64)
 
     def model(codes, labels, drop_label):
@@ -1425,9 +1369,9 @@ def test_training_hides_the_class_of_a_share_of_the_images(config):
         return torch.zeros(*codes.shape, 24)
 
     for share in (0.0, 0.25, 1.0):
-        loss_fn = generator.LOSSES[config.mode]
-        loss_fn(model, replace(config, class_dropout=share), codes, codes[:, 0])
-    assert hidden == [0, pytest.approx(0.25, abs=0.04), 1]
+        config = replace(config, class_dropout=share)
+        generator.LOSSES[config.mode](model, config, codes, codes[:, 0])
+    assert hidden == [0, pytest.approx(0.25, abs=0.06), 1]
 
 
 def test_sample_has_the_distribution_of_the_softmax():
@@ -1511,84 +1455,66 @@ def test_overfits_32_sequences_and_gives_them_back(mode, how):
 
 
 def test_find_classes():
-    names = ["T-shirt", "Dress", "Shirt", "Bag", "Ankle boot", "Rain boot", "0"]
-    for text, found in {"3,bag": [3, 3], "BOOT": [4, 5], "shirt": [2], "0, 1": [6, 1]}.items():
-        assert generator.find_classes(text, names) == found
-    for text in ("7", "boots", "", "-1"):
-        with pytest.raises(BadInput, match="no such class. There are 0 to 6: t-shirt, dress"):
+    names = ["bag", "ankle boot", "0"]
+    assert generator.find_classes("1, bag,0", names) == [1, 0, 2]       # a name before a number
+    for text in ("3", "boots", "", "-1"):
+        with pytest.raises(BadInput, match="no such class. Choose from 0 to 2, or bag, ankle boot"):
             generator.find_classes(text, names)
 
 
 class FewImages(data.Images):
     """24 pictures that differ."""
-    labels = np.arange(24) % 3
+    labels, size = np.arange(24) % 3, 16
 
-    def __init__(self, size=16, fingerprint="some pictures"):
-        self.size, self.fingerprint = size, fingerprint
+    def __init__(self, fingerprint="some pictures"):
+        self.fingerprint = fingerprint
 
     def get(self, index, rng=None):
-        pixels = np.random.default_rng(index).integers(0, 256, 3 * self.size ** 2, dtype=np.uint8)
-        return pixels.reshape(3, self.size, self.size)
+        pixels = np.random.default_rng(index).integers(0, 256, 3 * 16 ** 2, dtype=np.uint8)
+        return pixels.reshape(3, 16, 16)
 
 
 class Brightness:
     """A tokenizer of 4 codes: the mean brightness of each quarter."""
-    config = SimpleNamespace(image_size=16)
-
-    def __init__(self, fails_at=None):
-        self.images, self.fails_at = 0, fails_at
+    config, images = SimpleNamespace(image_size=16), 0
 
     def encode(self, images):
         self.images += len(images)
-        if self.fails_at and self.images > self.fails_at:
-            raise KeyboardInterrupt
         return (F.adaptive_avg_pool2d(images.mean(1), 2) * 255).long().flatten(1)   # [B, 4]
 
 
-@pytest.fixture
-def extract(tmp_path, monkeypatch):
-    """extract(tokenizer, ...) -> codes [views, 24, 4] by way of <tmp_path>/codes, in 3 parts."""
-    monkeypatch.setattr(generator, "BLOCK", 10)
-
-    def extract(tokenizer, fingerprint="one", dataset=FewImages(), views=2, rank=0, world=1,
-                codebook_size=256):
-        run = SimpleNamespace(config=replace(AR, views=views, codebook_size=codebook_size),
-                              training=trainer.TrainConfig(workers=0), device="cpu", rank=rank,
-                              world=world, main=rank == 0, say=print)
-        return generator.extract_codes(run, tokenizer, fingerprint, dataset, tmp_path / "codes")
-    return extract
+def extract(folder, tokenizer, fingerprint="one", dataset=FewImages(), views=2, rank=0, world=1,
+            codebook_size=256):
+    run = SimpleNamespace(config=replace(AR, views=views, codebook_size=codebook_size),
+                          training=trainer.TrainConfig(workers=0), device="cpu", rank=rank,
+                          world=world, main=rank == 0, say=print)
+    return generator.extract_codes(run, tokenizer, fingerprint, dataset, folder)
 
 
-def test_code_cache(extract):
+def test_code_cache(tmp_path):
     tokenizer, again = Brightness(), Brightness()
-    codes = extract(tokenizer)
+    codes = extract(tmp_path, tokenizer)
     images = next(data.all_images(FewImages(), 24))[0]
     expected = [tokenizer.encode(images).numpy(), tokenizer.encode(images.flip(-1)).numpy()]
     assert np.array_equal(codes, expected) and codes.dtype == np.uint16
-    assert np.array_equal(extract(again), codes) and again.images == 0
-    assert extract(again, codebook_size=70_000).dtype == np.uint32
-    for change in ({"fingerprint": "two"}, {"dataset": FewImages(fingerprint="others")}, {}):
+    assert np.array_equal(extract(tmp_path, again), codes) and again.images == 0
+    assert extract(tmp_path, again, codebook_size=70_000).dtype == np.uint32
+    for change in ({"fingerprint": "two"}, {"dataset": FewImages("others")}, {}):
         tokenizer = Brightness()
-        assert np.array_equal(extract(tokenizer, **change), codes) and tokenizer.images == 48
-    assert extract(tokenizer, views=1).shape == (1, 24, 4)      # and none of the old parts
+        assert np.array_equal(extract(tmp_path, tokenizer, **change), codes)
+        assert tokenizer.images == 48 and len(list(tmp_path.glob("part_*"))) == 1
+    with mock.patch.object(np, "load", lambda _: codes[:, :0]):     # the other rank's is not there
+        for rank in (0, 1):
+            extract(tmp_path, Brightness(), rank=rank, world=2)
+    assert np.array_equal(extract(tmp_path, again, world=2), codes)
+    assert np.array_equal(generator.load_codes(tmp_path), codes)
+    assert extract(tmp_path, tokenizer, views=1).shape == (1, 24, 4)
     images = torch.rand(2, 3, 35, 35, generator=seeded())
     views = generator.views_of(images, 10, 32)                  # ten crops
     for view, flip, (y, x) in zip(views[:5], views[5:], ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2)),
                                   strict=True):
         assert torch.equal(view, images[..., y:y + 32, x:x + 32])
         assert torch.equal(flip, view.flip(-1))
-
-
-def test_a_killed_extraction_continues_on_any_number_of_ranks(extract, tmp_path):
-    codes = extract(Brightness())
-    shutil.rmtree(tmp_path / "codes")
-    with pytest.raises(KeyboardInterrupt):
-        extract(Brightness(fails_at=30))
-    assert len(list(tmp_path.glob("codes/part_*_000000.npy"))) == 1
-    ranks = [Brightness(), Brightness()]                # the second has the middle part
-    extract(ranks[1], rank=1, world=2)
-    assert np.array_equal(extract(ranks[0], world=2), codes)
-    assert [rank.images for rank in ranks] == [2 * 4, 2 * 10]
 
 
 def test_code_batches():
@@ -1605,16 +1531,6 @@ def test_code_batches():
         assert step < 4 or torch.equal(batch, next(late)[0])
         views |= {(int(name), bool(row[0] >= 60)) for row, name in zip(batch, names)}
     assert len(views) > 30                              # of 20 images, most in both views
-
-
-def test_flags_that_contradict_the_tokenizer_the_data_or_each_other(toy):
-    command = f"python generator.py {SMALL} --tokenizer {toy}/nativetok_4.pt --out {toy} --mode"
-    for flags, *words in (
-            ("ar --tokens 32", f"--tokens 32: {toy}/nativetok_4.pt has 4. Leave it out"),
-            ("ar --num_classes 3", "unrecognized arguments: --num_classes"),    # read off the data
-            ("ar --heads 5", "--heads 5"),
-            ("ar --views 3", "--views 3"), ("maskgit --layers 3", "--layers 3", "even")):
-        refused(f"{command} {flags}", *words)
 
 
 # ---- Scores of pictures (evaluate.py)

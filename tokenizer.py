@@ -1,16 +1,16 @@
 """Stages 1 and 2: NativeTok turns an image into a short ordered sequence of codes, and back.
 
-    python tokenizer.py --tokens 8                      # stage 1, toy (default), after vqgan.py
-    python tokenizer.py --tokens 16 --stage 2           # stage 2: decoders, after hnt.py or 1
-    python tokenizer.py --tokens 16 --model titok       # the baseline (toy: equal parameters)
-    python tokenizer.py --reconstruct a.png b.jpg       # original beside reconstruction, and codes
-    torchrun --nproc_per_node=4 tokenizer.py --tokens 128       # full (the default with CUDA)
+    python tokenizer.py --tokens 8                # stage 1, after vqgan.py
+    python tokenizer.py --tokens 16 --stage 2     # stage 2, after stage 1 or hnt.py
+    python tokenizer.py --model titok             # the baseline
+    python tokenizer.py --reconstruct a.png b.jpg
+    torchrun --nproc_per_node=4 tokenizer.py --tokens 128
 
 The idea. A transformer, the Meta Image Transformer (MIT), reads the image once. Its result X_latent
-is locked: all experts read the same one and none changes it (gradients do flow back into MIT).
-Then L small transformers, the experts (MoCET), write one token each, in order: expert i sees
-X_latent and the tokens z_0 .. z_{i-1}, and writes z_i. So token i cannot depend on a later one, and
-what a generator has to learn, p(z_i | z_0 .. z_{i-1}), is how the tokens were made.
+is locked: all experts read the same one (gradients do flow back into MIT). Then L small
+transformers, the experts (MoCET), write one token each, in order: expert i sees X_latent and the
+tokens z_0 .. z_{i-1}, and writes z_i. So token i cannot depend on a later one, and what a generator
+has to learn, p(z_i | z_0 .. z_{i-1}), is how the tokens were made.
 
     image -> MIT -> X_latent -> experts -> z [L, d] -> to_code [L, c] -> quantizer -> codes [L]
     codes -> code vectors [L, c] -> token decoder -> a VQGAN code per cell -> VQGAN decoder -> image
@@ -18,19 +18,15 @@ what a generator has to learn, p(z_i | z_0 .. z_{i-1}), is how the tokens were m
 What trains. Stage 1: MIT, experts, to_code, quantizer and token decoder, by cross-entropy against
 the codes that the frozen VQGAN (vqgan.py) gives the image, plus the quantizer's own loss. Stage 2:
 the token decoder and copies of the VQGAN's codebook and decoder, on the pixels, with a
-discriminator that is thrown away afterwards. All that decides the codes is frozen there, so
-generators trained on them stay valid. (hnt.py: from L tokens to more.)
+discriminator. All that decides the codes is frozen there, so generators trained on them stay valid.
 
-A code is a number 0 .. K-1; its code vector, a row of the codebook, has c entries.
 Letters: B batch, H W pixels, N patches, L tokens, D width of MIT and decoder, d width of an expert,
 c length of a code vector, K codes, G side of the VQGAN's grid, V codes of the VQGAN, C entries of
 their vectors, h heads, T length of a sequence (T_i in an equation is expert i). Images are float32
 [B, 3, H, W] in [0, 1]. Sections, equations and tables are the paper's.
 """
-import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -66,9 +62,6 @@ class TokenizerConfig:
     def __post_init__(self):
         if isinstance(self.vqgan, dict):                        # as a checkpoint holds it
             object.__setattr__(self, "vqgan", VQGANConfig(**self.vqgan))
-        if self.tokens < 1 or self.image_size % self.patch_size:
-            raise BadInput(f"--tokens {self.tokens} --patch_size {self.patch_size}: at least 1 "
-                           f"token, and patches that divide {self.image_size} pixels")
 
     @property
     def image_size(self) -> int:        # H = W
@@ -77,68 +70,6 @@ class TokenizerConfig:
     @property
     def patches(self) -> int:           # N
         return (self.image_size // self.patch_size) ** 2
-
-
-TOY = TokenizerConfig(tokens=16, patch_size=8, width=128, encoder_layers=4, decoder_layers=2,
-                      heads=4, expert_width=64, expert_heads=2, code_dim=8, codebook_size=512,
-                      revive_below=0.05, vqgan=vqgan.PRESETS["toy"])
-FULL = TokenizerConfig()
-SMALL = replace(FULL, width=512, encoder_layers=12, decoder_layers=12, heads=8, expert_width=192,
-                expert_heads=3)
-TITOK_L = replace(FULL, model="titok", encoder_layers=24)
-PRESETS = {
-    "toy": TOY,
-    "titok_toy": replace(TOY, model="titok", encoder_layers=12),    # NativeTok-16's parameters
-    "small": SMALL,                                                 # for one GPU of 24 GB
-    "titok_small": replace(SMALL, model="titok", encoder_layers=21),
-    "full": FULL,
-    "nativetok_32": FULL,
-    "nativetok_64": replace(FULL, tokens=64),
-    "nativetok_128": replace(FULL, tokens=128),
-    "titok_l_32": TITOK_L,
-    "titok_l_causal_32": replace(TITOK_L, model="titok_causal"),    # paper, Table 3a
-    "titok_b_64": replace(TITOK_L, tokens=64, width=768, heads=12, encoder_layers=12,
-                          decoder_layers=12),
-    "titok_s_128": replace(TITOK_L, tokens=128, width=512, heads=8, encoder_layers=8,
-                           decoder_layers=8),
-}
-DEFAULT_TITOK = {"toy": "titok_toy", "small": "titok_small", "full": "titok_l_32"}
-TOY_TRAINING = TrainConfig(steps=1600, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
-                           warmup=50, ema=0.99, workers=0, log_every=50, save_every=300,
-                           preview_every=600)
-TRAINING = {
-    ("toy", 1): TOY_TRAINING,
-    ("toy", 2): replace(TOY_TRAINING, steps=400, learning_rate=2e-4, end_learning_rate=1e-5,
-                        warmup=20, beta2=0.999, log_every=25, save_every=200, preview_every=200),
-    ("small", 1): TrainConfig(),
-    ("small", 2): TrainConfig(beta2=0.999, micro_batch=16),
-    ("full", 1): TrainConfig(),
-    ("full", 2): TrainConfig(beta2=0.999, micro_batch=32),      # 64 at once do not fit in 80 GB
-}
-
-
-@dataclass(frozen=True)
-class Stage2Config:
-    """The losses of stage 2 (TiTok's public recipe)."""
-    perceptual: Literal["convnext", "small", "none"] = "convnext"   # the perceptual network
-    perceptual_weight: float = 0.1      # beside 1 for L2
-    gan_weight: float = 0.01            # of the decoders' adversarial loss
-    gan_start: int = 20_000             # step at which the discriminator starts
-    lecam_weight: float = 0.001         # LeCam regularization of the discriminator
-    discriminator: Literal["patch", "features"] = "patch"   # TiTok's; or heads on perceptual small
-    discriminator_rate: float = 1.0     # its learning rate / the decoders'
-    discriminator_first: int = 0        # its first steps, in which the decoders wait
-    discriminator_beta1: float = 0.9    # its AdamW: momentum
-    discriminator_beta2: float = 0.999  # its AdamW: second moment
-    sharpen: float = 1.0                # multiply the decoder's logits by this at the start
-
-
-# A PatchGAN trained from scratch needs thousands of steps, the toy has 400: docs/results.md
-TOY_STAGE2 = Stage2Config(perceptual="small", gan_weight=0.1, gan_start=0, sharpen=8.0,
-                          discriminator="features", discriminator_rate=5.0,
-                          discriminator_first=100, discriminator_beta1=0.5,
-                          discriminator_beta2=0.99)
-STAGE2 = {"toy": TOY_STAGE2, "small": Stage2Config(), "full": Stage2Config()}
 
 
 # ---- Transformer parts, shared by all models below
@@ -163,12 +94,12 @@ class Block(nn.Module):
     def attend(self, q, k, v, mask=None):
         """q [B, Tq, D] over k, v [B, T, D] -> [B, Tq, D]."""
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # [B, h, Tq, D/h]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, h, Tq, D/h]
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def forward(self, x, mask=None):
         """x [B, T, D] -> [B, T, D]; mask, if any: bool [T, T], True where row may see column."""
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)                  # 3 x [B, T, D]
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)  # 3 x [B, T, D]
         x = x + self.attend(q, k, v, mask)
         return x + self.mlp(self.norm2(x))
 
@@ -177,10 +108,10 @@ class Block(nn.Module):
         one's query and MLP are needed."""
         width = x.shape[-1]
         weight, bias = (p.split([width, 2 * width]) for p in (self.qkv.weight, self.qkv.bias))
-        y = self.norm1(x)                                                   # [B, T, D]
-        q = F.linear(y[:, -1:], weight[0], bias[0])                         # [B, 1, D]
-        k, v = F.linear(y, weight[1], bias[1]).chunk(2, dim=-1)             # 2 x [B, T, D]
-        x = x[:, -1:] + self.attend(q, k, v)                                # [B, 1, D]
+        y = self.norm1(x)  # [B, T, D]
+        q = F.linear(y[:, -1:], weight[0], bias[0])  # [B, 1, D]
+        k, v = F.linear(y, weight[1], bias[1]).chunk(2, dim=-1)  # 2 x [B, T, D]
+        x = x[:, -1:] + self.attend(q, k, v)  # [B, 1, D]
         return x + self.mlp(self.norm2(x))
 
 
@@ -200,11 +131,11 @@ class ImageTransformer(nn.Module):
     def forward(self, images, latents=None, mask=None):
         """Images [B, 3, H, W], latents [B, L, D] -> [B, 1 + N (+ L), D]: class token, patches,
         latents."""
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)             # [B, N, D]
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N, D]
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # [B, 1 + N, D]
         x = x + self.position_embedding
         if latents is not None:
-            x = torch.cat([x, latents], dim=1)                              # [B, 1 + N + L, D]
+            x = torch.cat([x, latents], dim=1)  # [B, 1 + N + L, D]
         x = self.ln_pre(x)
         for block in self.blocks:
             x = block(x, mask)
@@ -215,10 +146,10 @@ class TokenDecoder(nn.Module):
     """Code vectors -> logits over the VQGAN's codes for every grid cell (TiTok's decoder)."""
     def __init__(self, config):
         super().__init__()
-        width, cells = config.width, config.vqgan.tokens    # G*G
+        width, cells = config.width, config.vqgan.tokens  # G*G
         self.embed = nn.Linear(config.code_dim, width)
         self.class_token = normal(1, 1, width, std=width ** -0.5)
-        self.mask_token = normal(1, 1, width, std=width ** -0.5)    # the same for all grid cells
+        self.mask_token = normal(1, 1, width, std=width ** -0.5)  # the same for all grid cells
         self.position_embedding = normal(1, cells + 1, width, std=width ** -0.5)
         self.latent_positions = normal(1, config.tokens, width, std=width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
@@ -230,14 +161,14 @@ class TokenDecoder(nn.Module):
 
     def forward(self, z_q):
         """z_q [B, k, c], any prefix of the tokens (k <= L) -> logits [B, G*G, V]."""
-        cells = self.position_embedding.shape[1] - 1                        # G*G
+        cells = self.position_embedding.shape[1] - 1  # G*G
         x = torch.cat([self.class_token, self.mask_token.expand(1, cells, -1)], dim=1)
-        x = (x + self.position_embedding).expand(len(z_q), -1, -1)          # [B, 1 + G*G, D]
-        latents = self.embed(z_q) + self.latent_positions[:, :z_q.shape[1]]     # [B, k, D]
-        x = self.ln_pre(torch.cat([x, latents], dim=1))                     # [B, 1 + G*G + k, D]
+        x = (x + self.position_embedding).expand(len(z_q), -1, -1)  # [B, 1 + G*G, D]
+        latents = self.embed(z_q) + self.latent_positions[:, :z_q.shape[1]]  # [B, k, D]
+        x = self.ln_pre(torch.cat([x, latents], dim=1))  # [B, 1 + G*G + k, D]
         for block in self.blocks:
             x = block(x)
-        return self.head(self.ln_post(x[:, 1:1 + cells]))                   # [B, G*G, V]
+        return self.head(self.ln_post(x[:, 1:1 + cells]))  # [B, G*G, V]
 
 
 # ---- NativeTok's encoder
@@ -252,8 +183,8 @@ class MetaImageTransformer(nn.Module):
         self.to_expert_width = nn.Linear(config.width, config.expert_width)
 
     def forward(self, images):
-        x = self.transformer(images)[:, 1:]                 # [B, N, D], without the class token
-        return self.to_expert_width(x)                      # [B, N, d]
+        x = self.transformer(images)[:, 1:]  # [B, N, D], without the class token
+        return self.to_expert_width(x)  # [B, N, d]
 
 
 class Expert(nn.Module):
@@ -262,13 +193,13 @@ class Expert(nn.Module):
     with a norm of their own, read z_i as it is (our choice; the paper does not say)."""
     def __init__(self, width, heads, layers):
         super().__init__()
-        self.position_embedding = normal(width, std=0.02)   # of token i, for later experts too
+        self.position_embedding = normal(width, std=0.02)  # of token i, for later experts too
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
     def forward_plain(self, x):
         """x [B, N + i + 1, d], pad last -> z_i [B, 1, d]."""
         for block in self.blocks:
-            x = block(x)                                                    # [B, N + i + 1, d]
+            x = block(x)  # [B, N + i + 1, d]
         return x[:, -1:]
 
     def forward(self, x):
@@ -284,36 +215,35 @@ class MoCET(nn.Module):
     whole sequence (figure 2)."""
     def __init__(self, tokens, width, heads, layers):
         super().__init__()
-        self.recompute = False      # True: run experts again in the backward pass, to save memory
-        self.pad_token = normal(1, 1, width, std=0.02)      # z_padding, one for all experts
+        self.recompute = False  # True: run experts again in the backward pass, to save memory
+        self.pad_token = normal(1, 1, width, std=0.02)  # z_padding, one for all experts
         self.experts = nn.ModuleList(Expert(width, heads, layers) for _ in range(tokens))
 
     def forward_plain(self, x_latent):
         """x_latent [B, N, d] -> z [B, L, d], as in equation 4."""
         z = []
         for expert in self.experts:
-            pad = self.pad_token.expand(len(x_latent), -1, -1)              # [B, 1, d]
+            pad = self.pad_token.expand(len(x_latent), -1, -1)  # [B, 1, d]
             earlier = [z_j + self.experts[j].position_embedding for j, z_j in enumerate(z)]
             # z_i = T_i(X_latent, z_0, ..., z_{i-1}, z_padding), at z_padding's position
             x = torch.cat([x_latent, *earlier, pad + expert.position_embedding], dim=1)
-            z.append(expert.forward_plain(x))                               # [B, 1, d]
+            z.append(expert.forward_plain(x))  # [B, 1, d]
         return torch.cat(z, dim=1)
 
     def forward(self, x_latent):
         """The same values, faster: the sequence that all experts share is extended, not rebuilt,
         and each expert's last block computes the pad's position only."""
-        sequence, z = x_latent, []                                          # [B, N + i, d]
+        sequence, z = x_latent, []  # [B, N + i, d]
         for expert in self.experts:
             pad = (self.pad_token + expert.position_embedding).expand(len(x_latent), -1, -1)
-            x = torch.cat([sequence, pad], dim=1)                           # [B, N + i + 1, d]
-            z_i = recomputed(expert, x) if self.recompute else expert(x)
+            x = torch.cat([sequence, pad], dim=1)  # [B, N + i + 1, d]
+            if self.recompute:  # an expert draws no random numbers: no state to put back
+                z_i = checkpoint(expert, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                z_i = expert(x)  # [B, 1, d]
             sequence = torch.cat([sequence, z_i + expert.position_embedding], dim=1)
-            z.append(z_i)                                                   # [B, 1, d]
-        return torch.cat(z, dim=1)                                          # [B, L, d]
-
-
-# an expert draws no random numbers: no state to put back
-recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            z.append(z_i)
+        return torch.cat(z, dim=1)  # [B, L, d]
 
 
 # ---- The tokenizers
@@ -339,7 +269,7 @@ class NativeTok(nn.Module):
         self.mit = MetaImageTransformer(config)
         self.mocet = MoCET(config.tokens, config.expert_width, config.expert_heads,
                            config.expert_layers)
-        self.to_code = nn.Linear(config.expert_width, config.code_dim)      # d -> c
+        self.to_code = nn.Linear(config.expert_width, config.code_dim)  # d -> c
 
     def latents(self, images):
         """Images [B, 3, H, W] in [0, 1] -> [B, L, c], before quantization. latents[:, i] does not
@@ -353,23 +283,19 @@ class NativeTok(nn.Module):
 
     @torch.no_grad()
     def decode_codes(self, codes, hard=False):
-        """Codes int64 [B, k], k <= L -> images [B, 3, H, W] in [0, 1]. Raises BadInput for k > L.
-
-        The pixel decoder reads the VQGAN's code vectors averaged with the predicted probabilities,
-        as stage 2 trains it; with hard=True the most probable one.
-        """
-        if codes.shape[1] > self.config.tokens:
-            raise BadInput(f"{codes.shape[1]} codes: this tokenizer has {self.config.tokens}")
-        logits = self.decoder(self.quantizer.lookup(codes))                 # [B, G*G, V]
+        """Codes int64 [B, k], k <= L -> images [B, 3, H, W] in [0, 1]. The pixel decoder reads the
+        VQGAN's code vectors averaged with the predicted probabilities, as stage 2 trains it; with
+        hard=True the most probable one."""
+        logits = self.decoder(self.quantizer.lookup(codes))  # [B, G*G, V]
         if hard:
-            best = logits.argmax(-1, keepdim=True)                          # [B, G*G, 1]
+            best = logits.argmax(-1, keepdim=True)  # [B, G*G, 1]
             logits = torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0)
         return self.decode_logits(logits).clamp(0, 1)
 
     def decode_logits(self, logits):
         """Logits over the VQGAN's codes [B, G*G, V] -> images [B, 3, H, W], not clamped."""
-        expected = logits.softmax(-1) @ self.pixel_codebook.weight          # [B, G*G, C]
-        grid = expected.transpose(1, 2).unflatten(2, (self.config.vqgan.grid, -1))    # [B, C, G, G]
+        expected = logits.softmax(-1) @ self.pixel_codebook.weight  # [B, G*G, C]
+        grid = expected.transpose(1, 2).unflatten(2, (self.config.vqgan.grid, -1))  # [B, C, G, G]
         return self.pixel_decoder(grid)
 
 
@@ -377,25 +303,25 @@ class TiTok(NativeTok):
     """The baseline (arXiv 2406.07550): latent tokens stand beside the patches in one transformer,
     and all see each other. titok_causal (Table 3a): a latent sees the image and the latents up to
     itself, and the image sees no latent, or a later one would reach an earlier one through it."""
-    legacy = False      # True: the order of numbers in the published weights, see extras/pretrained
+    legacy = False  # True: the order of numbers in the published weights, see extras/pretrained
 
     def make_encoder(self, config):
         self.encoder = ImageTransformer(config)
         self.latent_tokens = normal(1, config.tokens, config.width, std=config.width ** -0.5)
-        self.to_code = nn.Linear(config.width, config.code_dim)             # D -> c
+        self.to_code = nn.Linear(config.width, config.code_dim)  # D -> c
         mask = None
         if config.model == "titok_causal":
-            image = config.patches + 1                                      # class token, patches
-            column = torch.arange(image + config.tokens)                    # [T]
-            mask = (column <= column[:, None]) | (column < image)           # [T, T]
+            image = config.patches + 1  # class token, patches
+            column = torch.arange(image + config.tokens)  # [T]
+            mask = (column <= column[:, None]) | (column < image)  # [T, T]
         self.register_buffer("mask", mask, persistent=False)
 
     def latents(self, images):
-        latents = self.latent_tokens.expand(len(images), -1, -1)            # [B, L, D]
+        latents = self.latent_tokens.expand(len(images), -1, -1)  # [B, L, D]
         latents = self.encoder(images, latents, self.mask)[:, -self.config.tokens:]
-        if self.legacy:     # memory of [L, D] read as if it were [D, L], then transposed
+        if self.legacy:  # memory of [L, D] read as if it were [D, L], then transposed
             latents = latents.reshape(len(images), -1, self.config.tokens).transpose(1, 2)
-        return self.to_code(latents)                                        # [B, L, c]
+        return self.to_code(latents)  # [B, L, c]
 
 
 def initialize(module):
@@ -413,10 +339,6 @@ def build(config):
     return (NativeTok if config.model == "nativetok" else TiTok)(config)
 
 
-def checkpoint_name(config, stage=1):       # nativetok_16 or nativetok_16_stage2
-    return f"{config.model}_{config.tokens}" + ("_stage2" if stage == 2 else "")
-
-
 def load_tokenizer(path, device="cpu", make="python tokenizer.py"):
     """A trained NativeTok or TiTok with its averaged weights, frozen and in eval mode; fine_tuned:
     has been through stage 2. Raises BadInput, with the command `make`, where there is none."""
@@ -431,9 +353,41 @@ def default_tokenizer(out, tokens, model="nativetok"):
     for name in (f"{model}_{tokens}_stage2.pt", f"{model}_{tokens}.pt"):
         if (Path(out) / name).exists():
             return Path(out) / name
-    other = "" if model == "nativetok" else f"--model {model} "
     raise BadInput(f"{out}: no {model} of {tokens} tokens there. Train it first: python "
-                   f"tokenizer.py {other}--tokens {tokens}")
+                   f"tokenizer.py --tokens {tokens} --model {model}")
+
+
+# ---- Sizes, and how they are trained (paper, Table 4; the decoder as TiTok-L's)
+
+FULL = TokenizerConfig()
+SMALL = replace(FULL, width=512, encoder_layers=12, decoder_layers=12, heads=8, expert_width=192,
+                expert_heads=3)  # for one GPU of 24 GB
+TOY = TokenizerConfig(tokens=16, patch_size=8, width=128, encoder_layers=4, decoder_layers=2,
+                      heads=4, expert_width=64, expert_heads=2, code_dim=8, codebook_size=512,
+                      revive_below=0.05, vqgan=vqgan.PRESETS["toy"])
+TITOK_L = replace(FULL, model="titok", encoder_layers=24)
+PRESETS = {
+    "toy": TOY,
+    "small": SMALL,
+    "full": FULL,
+    "titok_toy": replace(TOY, model="titok", encoder_layers=12),  # as many parameters as TOY
+    "titok_small": replace(SMALL, model="titok", encoder_layers=21),
+    "titok_full": TITOK_L,
+    "titok_l_32": TITOK_L,
+}
+PRESETS |= {f"nativetok_{tokens}": replace(FULL, tokens=tokens) for tokens in (32, 64, 128)}
+TOY_TRAINING = TrainConfig(steps=1600, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
+                           warmup=50, ema=0.99, workers=0, log_every=50, save_every=300,
+                           preview_every=600)
+TRAINING = {  # by --config and stage
+    ("toy", 1): TOY_TRAINING,
+    ("toy", 2): replace(TOY_TRAINING, steps=400, learning_rate=2e-4, end_learning_rate=1e-5,
+                        warmup=20, beta2=0.999, log_every=25, save_every=200, preview_every=200),
+    ("small", 1): TrainConfig(),
+    ("small", 2): TrainConfig(beta2=0.999, micro_batch=16),
+    ("full", 1): TrainConfig(),
+    ("full", 2): TrainConfig(beta2=0.999, micro_batch=32),  # 64 at once do not fit in 80 GB
+}
 
 
 # ---- Stage 1: predict the VQGAN's codes
@@ -446,8 +400,8 @@ class Stage1Loss(nn.Module):
 
     def forward(self, images, targets):
         """Images [B, 3, H, W] and the VQGAN's codes of them [B, G*G] -> loss, its parts."""
-        z_q, quantizer_loss = self.model.quantizer(self.model.latents(images))      # [B, L, c]
-        logits = self.model.decoder(z_q)                                    # [B, G*G, V]
+        z_q, quantizer_loss = self.model.quantizer(self.model.latents(images))  # [B, L, c]
+        logits = self.model.decoder(z_q)  # [B, G*G, V]
         cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         parts = {"cross_entropy": cross_entropy, "quantizer": quantizer_loss}
         return cross_entropy + quantizer_loss, parts
@@ -461,30 +415,28 @@ def prepare(model, training):
         model.mocet.recompute = training.recompute
 
 
-def recompute_if_large(training, args, tokens):
-    """At full size more than 64 tokens leave too little of 80 GB without --recompute."""
-    return replace(training, recompute=args.config == "full" and tokens > 64)
+def open_images(args, image_size):
+    """The training set, and 16 images [16, 3, H, W] for the preview pictures."""
+    train_set = data.open_dataset(args.data, "train", image_size, augment=True, draft=True)
+    val_set = data.open_dataset(args.data, "val", image_size)
+    return train_set, next(data.all_images(val_set, 16))[0].to(args.device)
 
 
-def train_stage1(args):
-    config = chosen_config(args)
-    training = recompute_if_large(TRAINING[args.config, 1], args, config.tokens)
+def train_stage1(args, config):
+    # more than 64 tokens leave too little of 80 GB without --recompute
+    training = replace(TRAINING[args.config, 1], recompute=config.tokens > 64)
     training = trainer.override(training, args)
-    data.find_folder(args.data)     # what is missing is named before an earlier stage is
-    teacher = vqgan.load_vqgan(args.vqgan_file or args.out / "vqgan.pt", args.device)   # frozen
+    teacher = vqgan.load_vqgan(args.out / "vqgan.pt", args.device)  # frozen
     config = replace(config, vqgan=teacher.config)
-    train_set = data.open_dataset(args.data, "train", config.image_size,
-                                  augment=True, draft=True)
-    val_set = data.open_dataset(args.data, "val", config.image_size)
-    run = trainer.Run(args, "tokenizer", checkpoint_name(config), config, training, train_set,
-                      vqgan=trainer.fingerprint(teacher))
-    originals = next(data.all_images(val_set, 16))[0].to(run.device)
+    train_set, originals = open_images(args, config.image_size)
+    run = trainer.Run(args, "tokenizer", f"{config.model}_{config.tokens}", config, training,
+                      train_set, vqgan=trainer.fingerprint(teacher))
 
     model = build(config)
     model.pixel_codebook.weight.data.copy_(teacher.quantize.codebook())
     model.pixel_decoder.load_state_dict(teacher.decoder.state_dict())
     prepare(model, training)
-    model = model.to(run.device)        # all of it trains but pixel_codebook and pixel_decoder
+    model = model.to(run.device)  # all of it trains but pixel_codebook and pixel_decoder
     loss_fn = run.parallel(Stage1Loss(model))
     optimizer = trainer.adamw(model, training)
     ema = trainer.Ema(model, training.ema)
@@ -495,8 +447,8 @@ def train_stage1(args):
     for step in range(run.step, training.steps):
         trainer.set_lr(optimizer, trainer.cosine(step, training))
         optimizer.zero_grad()
-        for images, _ in run.micro_batches(batches, loss_fn):               # [B, 3, H, W]
-            targets = teacher.encode(images)                                # [B, G*G], in float32
+        for images, _ in run.micro_batches(batches, loss_fn):  # [B, 3, H, W]
+            targets = teacher.encode(images)  # [B, G*G], in float32
             with run.autocast():
                 loss, parts = loss_fn(images, targets)
             (loss / run.accumulate).backward()
@@ -515,6 +467,25 @@ def train_stage1(args):
 
 # ---- Stage 2: fine-tune the token decoder and the pixel decoder on the pixels
 
+@dataclass(frozen=True)
+class Stage2Config:
+    """The losses of stage 2 (TiTok's public recipe)."""
+    perceptual: Literal["convnext", "small", "none"] = "convnext"   # the perceptual network
+    perceptual_weight: float = 0.1      # beside 1 for L2
+    gan_weight: float = 0.01            # of the decoders' adversarial loss
+    gan_start: int = 20_000             # step at which the discriminator starts
+    lecam_weight: float = 0.001         # LeCam regularization of the discriminator
+    discriminator: Literal["patch", "features"] = "patch"   # TiTok's; or heads on perceptual small
+    discriminator_first: int = 0        # its first steps, in which the decoders wait
+    sharpen: float = 1.0                # multiply the decoder's logits by this at the start
+
+
+STAGE2 = {  # a PatchGAN needs thousands of steps, the toy has 400: docs/results.md
+    "toy": Stage2Config(perceptual="small", gan_weight=0.1, gan_start=0, sharpen=8.0,
+                        discriminator="features", discriminator_first=100),
+    "small": Stage2Config(), "full": Stage2Config()}
+
+
 class Stage2Loss(nn.Module):
     """The decoders' loss: L2, perceptual and, once the discriminator has started, adversarial. The
     decoders run under autocast, all after them in float32, as in TiTok: in bf16 the perceptual loss
@@ -527,16 +498,16 @@ class Stage2Loss(nn.Module):
         """Images [B, 3, H, W] -> loss, its parts, reconstruction [B, 3, H, W]. discriminator: None
         before gan_start."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            z_q = self.model.quantizer.lookup(self.model.encode(images))    # [B, L, c], frozen
+            z_q = self.model.quantizer.lookup(self.model.encode(images))  # [B, L, c], frozen
         reconstruction = self.model.decode_logits(self.model.decoder(z_q)).float()
         with torch.autocast(images.device.type, enabled=False):
-            parts = {"l2": F.mse_loss(reconstruction, images)}              # [B, 3, H, W] both
+            parts = {"l2": F.mse_loss(reconstruction, images)}  # [B, 3, H, W] both
             loss = parts["l2"]
             if self.perceptual is not None:
                 parts["perceptual"] = self.perceptual.perceptual_loss(reconstruction, images)
                 loss = loss + self.config.perceptual_weight * parts["perceptual"]
             if discriminator is not None:
-                parts["adversarial"] = -discriminator(reconstruction).mean()    # look real
+                parts["adversarial"] = -discriminator(reconstruction).mean()  # look real
                 loss = loss + self.config.gan_weight * parts["adversarial"]
         return loss, parts, reconstruction
 
@@ -550,52 +521,45 @@ class DiscriminatorLoss(nn.Module):
 
     def forward(self, images, reconstruction):
         """Both [B, 3, H, W] -> scalar. The discriminator gives one logit per region."""
-        logits = self.discriminator(torch.cat([images, reconstruction]))    # [2B, regions]
+        logits = self.discriminator(torch.cat([images, reconstruction]))  # [2B, regions]
         real, fake = logits.chunk(2)
         return vqgan.hinge_loss(real, fake) + self.lecam_weight * self.lecam(real, fake)
 
 
 def train_stage2(args):
-    data.find_folder(args.data)
-    tokens, kind = args.tokens or PRESETS[args.config].tokens, args.model or "nativetok"
-    source = args.checkpoint or args.out / f"{kind}_{tokens}.pt"
-    model = load_tokenizer(source, make=f"python tokenizer.py --model {kind} --tokens {tokens}")
-    for name in ("model", "tokens"):                    # both come from the file
-        if getattr(args, name) not in (None, getattr(model.config, name)):
-            raise BadInput(f"--{name} {getattr(args, name)}: {source} has "
-                           f"{getattr(model.config, name)}. Leave it out")
+    tokens = args.tokens or PRESETS[args.config].tokens
+    source = args.checkpoint or args.out / f"nativetok_{tokens}.pt"
+    model = load_tokenizer(source, make=f"python tokenizer.py --tokens {tokens}")
     if model.fine_tuned:
         raise BadInput(f"{source}: has been through stage 2 already. Start from the stage 1 file")
     config, training = model.config, trainer.override(TRAINING[args.config, 2], args)
     weights = trainer.override(STAGE2[args.config], args)
-    train_set = data.open_dataset(args.data, "train", config.image_size,
-                                  augment=True, draft=True)
-    val_set = data.open_dataset(args.data, "val", config.image_size)
-    run = trainer.Run(args, "tokenizer", checkpoint_name(config, stage=2), config, training,
+    train_set, originals = open_images(args, config.image_size)
+    run = trainer.Run(args, "tokenizer", f"{config.model}_{config.tokens}_stage2", config, training,
                       train_set, losses=asdict(weights), source=trainer.fingerprint(model))
-    originals = next(data.all_images(val_set, 16))[0].to(run.device)
     perceptual = vqgan.perceptual_network(weights.perceptual, train_set, args.out, args.convnext,
                                           run.device)
 
     prepare(model, training)
-    model = model.to(run.device, memory_format=torch.channels_last)     # faster convolutions
-    for p in model.decoder.head[-1].parameters():       # on --resume, run.start puts its own back
+    model = model.to(run.device, memory_format=torch.channels_last)  # faster convolutions
+    for p in model.decoder.head[-1].parameters():  # on --resume, run.start puts its own back
         p.data *= weights.sharpen
     # what trains, beside the discriminator; all else came frozen from load_tokenizer
     for part in (model.decoder, model.pixel_codebook, model.pixel_decoder):
         part.requires_grad_(True)
+    decoder_parameters = [p for p in model.parameters() if p.requires_grad]
     if weights.discriminator == "patch":
         discriminator = vqgan.Discriminator(grid=min(16, config.image_size // 8))
+        relative_rate, betas = 1.0, (0.9, 0.999)  # as TiTok
     else:
         discriminator = vqgan.FeatureDiscriminator(perceptual)
+        relative_rate, betas = 5.0, (0.5, 0.99)
     adversary = DiscriminatorLoss(discriminator, weights.lecam_weight)
     adversary = adversary.to(run.device, memory_format=torch.channels_last)
-    discriminator_parameters = [p for p in discriminator.parameters() if p.requires_grad]
     gan_training = replace(training, steps=training.steps - weights.gan_start)
     loss_fn = run.parallel(Stage2Loss(model, perceptual, weights))
     discriminator_loss_fn = run.parallel(adversary)
     optimizer = trainer.adamw(model, training)
-    betas = weights.discriminator_beta1, weights.discriminator_beta2
     discriminator_optimizer = trainer.adamw(discriminator, training, betas)
     ema = trainer.Ema(model, training.ema)
     saved = dict(model=model, ema=ema, optimizer=optimizer, discriminator=adversary,
@@ -607,32 +571,27 @@ def train_stage2(args):
     for step in range(run.step, training.steps):
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
         decoders_wait = adversarial and step < weights.gan_start + weights.discriminator_first
-        rate = trainer.cosine(step, training)
-        trainer.set_lr(optimizer, 0.0 if decoders_wait else rate)   # at 0 AdamW's averages move on
-        gan_step = max(0, step - weights.gan_start)     # its own warm-up and cosine begin there
-        gan_rate = weights.discriminator_rate * trainer.cosine(gan_step, gan_training)
-        trainer.set_lr(discriminator_optimizer, gan_rate)
+        # at 0 AdamW's averages move on
+        trainer.set_lr(optimizer, 0.0 if decoders_wait else trainer.cosine(step, training))
+        gan_step = max(0, step - weights.gan_start)  # its own warm-up and cosine begin there
+        trainer.set_lr(discriminator_optimizer,
+                       relative_rate * trainer.cosine(gan_step, gan_training))
         optimizer.zero_grad()
         discriminator_optimizer.zero_grad()
-        for images, _ in run.micro_batches(batches, loss_fn):               # [B, 3, H, W]
-            # the decoders first: their loss must leave no gradient in the discriminator
-            for p in discriminator_parameters:
-                p.requires_grad_(False)
+        for images, _ in run.micro_batches(batches, loss_fn):  # [B, 3, H, W]
             opponent = discriminator if adversarial else None
             with run.autocast():
                 loss, parts, reconstruction = loss_fn(images, opponent)
-            (loss / run.accumulate).backward()
-            # then the discriminator, on the same reconstruction
-            for p in discriminator_parameters:
-                p.requires_grad_(True)
-            if adversarial:
+            # inputs: this leaves no gradient in the discriminator
+            (loss / run.accumulate).backward(inputs=decoder_parameters)
+            if adversarial:     # now the discriminator, on the same reconstruction
                 parts["discriminator"] = discriminator_loss_fn(images, reconstruction.detach())
                 (parts["discriminator"] / run.accumulate).backward()
             run.add(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
         if adversarial:
-            nn.utils.clip_grad_norm_(discriminator_parameters, training.clip)
+            nn.utils.clip_grad_norm_(discriminator.parameters(), training.clip)
             discriminator_optimizer.step()
         ema.update(model)
         run.log(step, grad_norm=grad_norm)
@@ -643,52 +602,38 @@ def train_stage2(args):
 
 # ---- Command line
 
-def chosen_config(args):
-    titok = getattr(args, "model", "nativetok") != "nativetok"
-    if titok and (unused := [name for name in vars(args) if name.startswith("expert_")]):
-        raise BadInput(f"--{unused[0]}: TiTok has no experts")
-    return trainer.override(PRESETS[DEFAULT_TITOK[args.config] if titok else args.config], args)
-
-
-def reconstruct(args):
+def reconstruct(args, config):
     """Write original beside reconstruction for each image, and print the codes."""
-    config = chosen_config(args)
-    path = args.checkpoint or default_tokenizer(args.out, config.tokens, config.model)
+    path = default_tokenizer(args.out, config.tokens, config.model)
     model = load_tokenizer(path, args.device)
     size = model.config.image_size
-    images = [data.read_image(name, size) for name in args.reconstruct]
-    images = torch.stack(images)                                            # [n, 3, H, W]
-    codes = model.encode(images.to(args.device))                            # [n, L]
+    images = torch.stack([data.read_image(name, size) for name in args.reconstruct])
+    codes = model.encode(images.to(args.device))  # [n, L]
+    for name, row in zip(args.reconstruct, codes.tolist()):
+        print(f"{name}: {' '.join(map(str, row))}")
     pairs = torch.stack([images, model.decode_codes(codes).cpu()], dim=1).flatten(0, 1)
     target = args.out / "reconstruct.png"
     data.save_picture(data.picture_grid(pairs, 2, scale=max(1, 128 // size)), target)
-    for name, row in zip(args.reconstruct, codes.tolist()):
-        print(f"{name}: {' '.join(map(str, row))}")
     print(f"{target}: original beside reconstruction, by {path}")
 
 
 def main():
-    stage2 = re.search(r"--stage[ =]2", " ".join(sys.argv))     # each stage has its own flags
-    parser = trainer.command_line(__doc__, *[] if "--reconstruct" in sys.argv else [TrainConfig],
-                                  Stage2Config if stage2 else TokenizerConfig)
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=1,
-                        help="1: predict codes; 2: fine-tune the decoders; -h for each")
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path,
-                        help="the tokenizer that --stage 2 or --reconstruct starts from")
+    stage2 = "--stage 2" in " ".join(sys.argv).replace("=", " ")  # each stage has its own flags
+    parser = trainer.command_line(__doc__, TrainConfig, Stage2Config if stage2 else TokenizerConfig)
+    add = parser.add_argument
+    add("--stage", type=int, choices=(1, 2), default=1,
+        help="1: predict codes; 2: fine-tune the decoders; -h for each")
     if stage2:
-        parser.add_argument("--model", help="which tokenizer; default: nativetok")
-        parser.add_argument("--tokens", type=int, help="L: its length")
-        parser.add_argument("--convnext", metavar="FILE", default="weights/convnext_small.pth",
-                            help="torchvision's convnext_small, for --perceptual convnext")
+        add("--tokens", type=int, help="L: of the NativeTok in --out")
+        add("--checkpoint", metavar="FILE", type=Path, help="the tokenizer, instead of --tokens")
+        add("--convnext", metavar="FILE", default="weights/convnext_small.pth",
+            help="torchvision's convnext_small, for --perceptual convnext")
         return train_stage2(trainer.parse(parser))
-    parser.add_argument("--vqgan", metavar="FILE", type=Path, dest="vqgan_file",
-                        help="the stage 0 checkpoint, default OUT/vqgan.pt")
-    parser.add_argument("--reconstruct", metavar=("IMAGE", "..."), nargs="+",
-                        help="do this instead of training")
+    add("--reconstruct", metavar=("IMAGE", "..."), nargs="+", help="do this instead of training")
     args = trainer.parse(parser)
-    if args.checkpoint and not args.reconstruct:
-        raise BadInput("--checkpoint: for --stage 2 and --reconstruct. Stage 1 has --resume")
-    (reconstruct if args.reconstruct else train_stage1)(args)
+    titok = "titok" in getattr(args, "model", "")
+    config = trainer.override(PRESETS["titok_" * titok + args.config], args)
+    (reconstruct if args.reconstruct else train_stage1)(args, config)
 
 
 if __name__ == "__main__":
