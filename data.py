@@ -1,6 +1,6 @@
 """Images: Fashion-MNIST, shapes drawn on the fly, or any folder, and the order they are read in.
 
-    python data.py --data photos/ --image_size 256 --preview photos.png
+    python data.py --data photos/       what is read
 
 The order is a pure function of (seed, step): neither workers nor ranks, accumulation or a resumed
 run change which images a step sees.
@@ -50,6 +50,15 @@ class Images:
 
     def get(self, index, rng=None):
         """uint8 [3, H, W]: one fixed view, or with rng and augment a random one."""
+
+    def __getitem__(self, row):
+        """(epochs [b], indices [b], seed) -> (uint8 [b, 3, H, W], labels [b]). A view is a function
+        of (seed, epoch, index) alone; seed None: fixed views."""
+        epochs, indices, seed = row
+        rngs = [None] * len(indices)
+        if seed is not None and not self.in_memory:
+            rngs = [np.random.default_rng([seed % 2 ** 32, *pair]) for pair in zip(epochs, indices)]
+        return np.stack([*map(self.get, indices, rngs)]), self.labels[indices]
 
 
 # ---- Fashion-MNIST: 60,000 + 10,000 grey 28x28 photographs of clothes (Xiao et al., 2017)
@@ -133,7 +142,7 @@ class Shapes(Images):
 
 # ---- Any folder of images
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")         # no EPS: runs programs
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 HELD_OUT = 0.05         # share that becomes `val` where the folder has none
 
@@ -190,12 +199,11 @@ def list_images(folder, by_class=True):
     by_class: without images beside the folders of classes; if all are, their class is `images`.
     Hidden files and folders are never listed."""
     found, left_out = [], Counter()
-    ends = tuple(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
     for root, inner, names in os.walk(folder, followlinks=True):
         inner[:] = [name for name in inner if name[0] != "."]       # thumbnails
         inside = Path(root).relative_to(folder)
         for name in names:
-            if name[0] != "." and name.lower().endswith(ends):
+            if name[0] != "." and name.lower().endswith(ENDINGS):
                 stat, file = os.stat(f"{root}/{name}"), (inside / name).as_posix()
                 found.append(([*inside.parts, ""][0], file, stat.st_size, stat.st_mtime_ns))
             elif name[0] != ".":
@@ -210,7 +218,7 @@ def decode_image(path, image_size, draft=False):
     """The first frame as an RGB PIL image, turned as EXIF says, transparent on white. draft: a
     large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, at least twice image_size: faster, but
     not quite the same pixels, so not for scores."""
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(path) as image:
         if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
             raise ValueError("the range of its pixels is not known; up to 8, or 16 bits are read")
         if draft:
@@ -278,30 +286,15 @@ def row_order(n, batch_size, seed, step=0):
         yield epochs[0] + places // n, order[places]
 
 
-class Reader:
-    """(epochs [b], indices [b]) -> one batch. seed None: fixed views."""
-
-    def __init__(self, dataset, seed):
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, rows):
-        rngs = [None] * len(rows[0])
-        if self.seed is not None and not self.dataset.in_memory:    # of (seed, epoch, index) alone
-            rngs = [np.random.default_rng([self.seed % 2 ** 32, *row]) for row in zip(*rows)]
-        images = [self.dataset.get(i, rng) for i, rng in zip(rows[1], rngs)]
-        return np.stack(images), self.dataset.labels[rows[1]]       # [B, 3, H, W], [B]
-
-
 def ignore_signals(worker):     # the first process saves
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def read(dataset, rows, seed, workers):
-    # rows: whole batches of (epochs, indices), in place of single indices
-    return iter(DataLoader(Reader(dataset, seed), sampler=rows, batch_size=None,
+def read(dataset, rows, workers):
+    # rows: whole batches, in place of single indices; the generator: not to draw from the run's
+    return iter(DataLoader(dataset, sampler=rows, batch_size=None, generator=torch.Generator(),
                            num_workers=0 if dataset.in_memory else workers,
-                           generator=torch.Generator(),     # not to draw from the run's
                            worker_init_fn=ignore_signals))
 
 
@@ -310,17 +303,18 @@ def batches(dataset, batch_size, seed, step=0, rank=0, world=1, accumulate=1, wo
     int64 [b]), for trainer.to_device. The batch_size images of a step are cut into world x
     accumulate equal parts, of which each rank takes `accumulate` in a row."""
     size = batch_size // (world * accumulate)   # b
-    rows = ((epochs[start:start + size], indices[start:start + size])
+    rows = ((epochs[start:start + size], indices[start:start + size], seed)
             for epochs, indices in row_order(len(dataset), batch_size, seed, step)
             for start in range(rank * accumulate * size, (rank + 1) * accumulate * size, size))
-    return read(dataset, rows, seed, workers)
+    return read(dataset, rows, workers)
 
 
 def all_images(dataset, batch_size, indices=None, workers=0):
     """Once through all or `indices`, in order, fixed views: (float32 [B, 3, H, W], int64 [B])."""
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
-    rows = np.split(indices, range(batch_size, len(indices), batch_size))
-    for images, labels in read(dataset, [(row, row) for row in rows if len(row)], None, workers):
+    rows = [(None, indices[start:start + batch_size], None)
+            for start in range(0, len(indices), batch_size)]
+    for images, labels in read(dataset, rows, workers):
         yield images.float() / 255, labels
 
 
@@ -356,7 +350,6 @@ def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--data", default="auto", help="auto, fashion, shapes or a folder")
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--preview", metavar="FILE", help="a picture of 100 images")
     parser.add_argument("--note", metavar="FILE", help="for what auto is")
     args = parser.parse_args()
     train, val = (open_dataset(args.data, split, args.image_size) for split in ("train", "val"))
@@ -364,10 +357,6 @@ def main():
           f"{len(train.classes)} classes: {', '.join(train.classes[:12])}")
     if args.note:
         write_atomically(args.note, lambda temporary: temporary.write_text(train.name))
-    if args.preview:
-        some = np.random.default_rng(0).permutation(len(val))[:100]
-        images, _ = next(all_images(val, 100, some))    # [n, 3, H, W]
-        save_picture(picture_grid(images, 10, max(1, 64 // args.image_size)), args.preview)
 
 
 if __name__ == "__main__":

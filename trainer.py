@@ -1,9 +1,7 @@
 """What all stages share and is not the method: flags, checkpoints, ranks, the log.
 
-A script parses its flags, makes a Run, then model, optimizer and EMA, calls run.start, which loads
-them on --resume, and has its loop in the open. A resumed run equals an uninterrupted one, bit for
-bit on a CPU: the order of images is a function of (seed, step), the learning rate one of the step,
-and the random state is saved with the weights.
+A resumed run equals an uninterrupted one, bit for bit on a CPU: the order of images is a function
+of (seed, step), the learning rate one of the step, and the random state is saved with the weights.
 """
 import argparse
 import copy
@@ -165,8 +163,7 @@ def write_atomically(path, write):
 
 
 def lock(path, wait=False):
-    """Lock the file until the returned one is closed or the process ends. Where another process has
-    the lock: wait for it, or raise BadInput."""
+    """Lock a file until the returned one is closed. If another process has it: wait, or fail."""
     import fcntl        # not on Windows
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")
@@ -182,8 +179,7 @@ def first_line(error):
 
 
 def read_weights(source):
-    """A state dict, itself or in a torch or .safetensors file. Raises BadInput where numbers are
-    not finite."""
+    """A state dict, itself or in a file; all its numbers are finite."""
     if isinstance(source, dict):
         state = source
     elif Path(source).suffix == ".safetensors":
@@ -200,8 +196,8 @@ def read_weights(source):
 
 
 def load_checkpoint(path, stages, make):
-    """A checkpoint's dict, with at least model, config, step and stage. stages: the kind it must
-    be, or a tuple of kinds (vqgan, tokenizer, ar, maskgit). make: the command that makes one."""
+    """A checkpoint's dict. stages: the kind it must be, or a tuple of kinds (vqgan, tokenizer, ar,
+    maskgit). make: the command that makes one."""
     if not Path(path).exists():
         raise BadInput(f"{path}: not found. Train it first: {make}")
     try:
@@ -314,8 +310,7 @@ def setup_ranks(device):
 
 
 def to_device(x, device):
-    """A tensor of a batch on the device: without waiting for the GPU, images as bytes, which become
-    float32 in [0, 1] there."""
+    """A tensor of a batch on the device; images move as bytes and become float32 in [0, 1]."""
     x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
@@ -339,8 +334,7 @@ class Run:
     """One training run: its checkpoint is <out>/<name>.pt, its log <out>/<name>.jsonl.
 
     store: facts for the checkpoint. must_match: what else, beside config, training and data, must
-    be the same in a resumed run; may_differ: settings that need not be. Raises BadInput where
-    results exist without --resume or --overwrite. Leaves with exit code 0 where they are complete.
+    be the same in a resumed run; may_differ: settings that need not be.
     """
     def __init__(self, args, stage, name, config, training, dataset, may_differ=(), store=None,
                  **must_match):
@@ -348,7 +342,7 @@ class Run:
         self.config, self.training, self.store = config, training, store or {}
         self.settings = {"seed": args.seed, "data": dataset.content, **must_match}
         self.path, self.log_path = args.out / f"{name}.pt", args.out / f"{name}.jsonl"
-        self.step, self.seconds, self.sums, self.stop_asked = 0, 0.0, {}, False
+        self.step, self.sums, self.stop_asked = 0, {}, False
         self.rank, self.world = setup_ranks(self.device)
         self.main = self.rank == 0
         share = training.batch_size // self.world       # of a step's images, on this rank
@@ -405,7 +399,7 @@ class Run:
         before it ends the run."""
         # each rank's own masks and dropout
         torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)
-        if self.checkpoint is not None:
+        if self.checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint[name])
             if len(self.checkpoint["ranks"]) == self.world:
@@ -416,19 +410,18 @@ class Run:
                 self.sums = rank["unlogged"]
         elif self.main:
             self.path.unlink(missing_ok=True)       # --overwrite
+        self.checkpoint = None
+        # lines beyond the checkpoint come again
+        kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
         if self.main:
-            # lines beyond the checkpoint come again
-            kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
-            self.seconds = kept[-1]["seconds"] if kept else 0.0
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(self.log_path, lambda temporary: temporary.write_text(text))
-        self.checkpoint = None
         trained = sum(p.numel() for p in parts["model"].parameters() if p.requires_grad)
         self.say(f"{trained / 1e6:.2f}M parameters train")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(self, "stop_asked", True))
-        self.started = self.logged_at = time.perf_counter()
-        self.logged_step = self.step        # of the last line of the log
+        self.logged_step, self.logged_at = self.step, time.perf_counter()
+        self.started = self.logged_at - (kept[-1]["seconds"] if kept else 0)
 
     def micro_batches(self, batches, module):
         """The micro-batches of one step on the device, images as float32 in [0, 1]. Forward and
@@ -466,7 +459,7 @@ class Run:
         now, steps = time.perf_counter(), self.step - self.logged_step
         line = {"step": self.step, **means,
                 "images_per_s": self.training.batch_size * steps / (now - self.logged_at),
-                "seconds": self.seconds + now - self.started}
+                "seconds": now - self.started}
         self.sums, self.logged_at, self.logged_step = {}, now, self.step
         if not self.main:
             return
