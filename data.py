@@ -1,6 +1,6 @@
 """Images: Fashion-MNIST, shapes drawn on the fly, or any folder, and the order they are read in.
 
-    python data.py --data photos/ --image_size 256 --preview photos.png
+    python data.py --data photos/       what is read
 
 The order is a pure function of (seed, step): neither workers nor ranks, accumulation or a resumed
 run change which images a step sees.
@@ -9,15 +9,14 @@ Letters: B batch, H W pixels, n images of a set. A data set's images are uint8 [
 all_images float32 [B, 3, H, W] in [0, 1].
 """
 import colorsys
-import functools
 import gzip
 import hashlib
-import heapq
 import itertools
 import os
 import signal
 import zlib
 from collections import Counter
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +27,7 @@ from torch.utils.data import DataLoader
 
 from trainer import ArgumentParser, BadInput, first_line, launch, write_atomically
 
-
-@functools.cache
-def say(line):
-    """Print a line, once per process: each rank and worker reads its own share of the images."""
-    print(line, flush=True)
+say = cache(partial(print, flush=True))     # a line, once per process
 
 
 def hash_of(*parts):
@@ -56,8 +51,14 @@ class Images:
     def get(self, index, rng=None):
         """uint8 [3, H, W]: one fixed view, or with rng and augment a random one."""
 
-    def get_many(self, indices, rngs):
-        return np.stack([self.get(i, rng) for i, rng in zip(indices, rngs)])    # [B, 3, H, W]
+    def __getitem__(self, row):
+        """(epochs [b], indices [b], seed) -> (uint8 [b, 3, H, W], labels [b]). A view is a function
+        of (seed, epoch, index) alone; seed None: fixed views."""
+        epochs, indices, seed = row
+        rngs = [None] * len(indices)
+        if seed is not None and not self.in_memory:
+            rngs = [np.random.default_rng([seed % 2 ** 32, *pair]) for pair in zip(epochs, indices)]
+        return np.stack([*map(self.get, indices, rngs)]), self.labels[indices]
 
 
 # ---- Fashion-MNIST: 60,000 + 10,000 grey 28x28 photographs of clothes (Xiao et al., 2017)
@@ -144,43 +145,40 @@ class Shapes(Images):
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF")     # no EPS: runs programs
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 HELD_OUT = 0.05         # share that becomes `val` where the folder has none
-TRIES = 20              # broken files in a row
 
 
 class Folder(Images):
     """`train/<class>/*` and `val/<class>/*`, or other names in SPLITS, in any case; or `<class>/*`
-    or bare images (one class), split by a hash of each file's name. The note tells what is left
-    out. In training (draft or random views) the next of its class replaces a broken file."""
+    or bare images (one class), split by a hash of each file's name. In training (draft or random
+    views) the next of its class replaces a broken file."""
 
     def __init__(self, folder, split, image_size, augment=False, draft=False):
         self.name, self.split, self.image_size = str(folder), split, image_size
         self.augment, self.draft = augment, draft
-        top = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-        inside = {path.name.lower(): path.name for path in top if path.is_dir()}
-        train, val = (next((inside[name] for name in names if name in inside), None)
-                      for names in SPLITS.values())
-        if train and val:
-            self.root = folder / {"train": train, "val": val}[split]
-            files, left_out = list_images(self.root)
-            self.classes = sorted({name for name, *_ in list_images(folder / train)[0]})
-            self.note = f", in {self.root.name}/" * (self.root.name != split) + left_out
-            if len(top) > 2:
-                self.note += f", of {folder} all but {train}/ and {val}/ left out"
-        elif inside and inside.keys() <= {name for names in SPLITS.values() for name in names}:
-            raise BadInput(f"{folder}: needs both train/ and val/, or only folders of classes")
-        else:
-            self.root, (files, left_out) = folder, list_images(folder)
-            self.classes = sorted({name for name, *_ in files})
+        top = [path for path in folder.iterdir() if path.name[0] != "."]
+        inside = {path.name.lower(): path for path in top if path.is_dir()}
+        roots = {part: inside[name] for part, names in SPLITS.items()
+                 for name in names[::-1] if name in inside}
+        if len(roots) == 1:
+            if inside.keys() <= set(sum(SPLITS.values(), ())):
+                raise BadInput(f"{folder}: needs both train/ and val/, or folders of classes")
+            roots = {}      # a class of that name
+        self.root = roots.get(split, folder)
+        files, left_out = list_images(self.root)
+        train_files = list_images(roots["train"])[0] if roots else files
+        self.classes = sorted({name for name, *_ in train_files})
+        if not roots:
             share = [zlib.crc32(os.fsencode(file)) / 2 ** 32 for _, file, *_ in files]
-            limit = max(HELD_OUT, [0, *heapq.nsmallest(2, share)][-1])      # at least two files
+            limit = max([HELD_OUT, *sorted(share)[:2]])     # at least two files
             files = [file for file, s in zip(files, share) if (s <= limit) == (split == "val")]
-            self.note = f", {HELD_OUT:.0%} of the folder, at least 2, held out as val{left_out}"
+            self.note = f", {HELD_OUT:.0%} of the folder, at least 2, held out as val"
+        elif len(top) > 2:
+            self.note = f", all but train and val of {folder} left out"
+        self.note += left_out
         if len(files) < (2 if split == "val" else 1):       # a score's covariance needs two
-            count = len(files) or "no"
-            raise BadInput(f"{self.root}: {count} images for {split}: too few{left_out}")
+            raise BadInput(f"{self.root}: {len(files)} images for {split}: too few{left_out}")
         if unknown := {name for name, *_ in files} - set(self.classes):
-            raise BadInput(f"{self.root}: class {min(unknown)} is not in {train}/. Sort the images "
-                           f"into the same folders of classes as there")
+            raise BadInput(f"{self.root}: class {min(unknown)} is not in {roots['train']}")
         self.files = [file for _, file, *_ in files]    # relative to root, by class and name
         self.labels = np.searchsorted(self.classes, [name for name, *_ in files])       # int64 [n]
         self.content = hash_of("folder", split, image_size, [file[:3] for file in files])
@@ -188,7 +186,7 @@ class Folder(Images):
 
     def get(self, index, rng=None):
         first, end = np.searchsorted(self.labels, self.labels[index] + [0, 1])  # its class
-        for i in [*range(index, end)[:TRIES], *range(first, index)[:TRIES]]:
+        for i in [*range(index, end), *range(first, index)]:
             file = self.root / self.files[i]
             try:
                 image = decode_image(file, self.image_size, self.draft)
@@ -198,7 +196,7 @@ class Folder(Images):
                     raise BadInput(f"{file}: cannot be read, so not scored ({first_line(error)}). "
                                    f"Remove it, or put it right") from error
                 say(f"{file}: cannot be read, left out ({first_line(error)})")
-        raise BadInput(f"{file}: cannot be read, nor those tried before it")
+        raise BadInput(f"{file}: cannot be read, nor any other of its class")
 
 
 def list_images(folder, by_class=True):
@@ -239,13 +237,9 @@ def decode_image(path, image_size, draft=False):
     not quite the same pixels, so not for scores."""
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-        stored = image.tile[0][3] if image.format in ("PNG", "TIFF") else ""
+        stored = image.tile[0][3] if image.format == "TIFF" else ""
         if (image.mode in ("F", "I") and image.format != "PNG") or "I;12" in stored:
             raise ValueError("the range of its pixels is not known; up to 8, or 16 bits are read")
-        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(stored)
-        if scale and "transparency" in image.info:      # Pillow scales the pixels only
-            clear = np.multiply(image.info["transparency"], scale).astype(int)
-            image.info["transparency"] = clear.tolist()
         if draft:
             image.draft(None, (2 * image_size, 2 * image_size))
         image = ImageOps.exif_transpose(image)
@@ -313,31 +307,16 @@ def row_order(n, batch_size, seed, step=0):
         yield epochs[0] + places // n, order[places]
 
 
-class Reader:
-    """(epochs [b], indices [b]) -> one batch. seed None: fixed views."""
-
-    def __init__(self, dataset, seed):
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, rows):
-        rngs = [None] * len(rows[0])
-        if self.seed is not None and not self.dataset.in_memory:    # of (seed, epoch, index) alone
-            rngs = [np.random.default_rng([self.seed % 2 ** 32, *row]) for row in zip(*rows)]
-        return self.dataset.get_many(rows[1], rngs), self.dataset.labels[rows[1]]
-
-
 def ignore_signals(worker):     # the first process saves
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def read(dataset, rows, seed, workers):
-    # rows: whole batches of (epochs, indices), in place of single indices
-    source = DataLoader(Reader(dataset, seed), sampler=rows, batch_size=None,
-                        num_workers=0 if dataset.in_memory else workers,
-                        generator=torch.Generator(),        # not to draw from torch's, the run's
-                        worker_init_fn=ignore_signals)
-    yield from source
+def read(dataset, rows, workers):
+    # rows: whole batches, in place of single indices; the generator: not to draw from the run's
+    return iter(DataLoader(dataset, sampler=rows, batch_size=None, generator=torch.Generator(),
+                           num_workers=0 if dataset.in_memory else workers,
+                           worker_init_fn=ignore_signals))
 
 
 def batches(dataset, batch_size, seed, step=0, rank=0, world=1, accumulate=1, workers=0):
@@ -345,19 +324,19 @@ def batches(dataset, batch_size, seed, step=0, rank=0, world=1, accumulate=1, wo
     int64 [b]), for trainer.to_device. The batch_size images of a step are cut into world x
     accumulate equal parts, of which each rank takes `accumulate` in a row."""
     size = batch_size // (world * accumulate)   # b
-    rows = ((epochs[start:start + size], indices[start:start + size])
+    rows = ((epochs[start:start + size], indices[start:start + size], seed)
             for epochs, indices in row_order(len(dataset), batch_size, seed, step)
             for start in range(rank * accumulate * size, (rank + 1) * accumulate * size, size))
-    return read(dataset, rows, seed, workers)
+    return read(dataset, rows, workers)
 
 
 def all_images(dataset, batch_size, indices=None, workers=0):
     """Once through all or `indices`, in order, fixed views: (float32 [B, 3, H, W], int64 [B])."""
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
-    rows = np.split(indices, range(batch_size, len(indices), batch_size))
-    for images, labels in read(dataset, [(row, row) for row in rows if len(row)], None, workers):
-        # in numpy: waking the threads of torch costs more
-        yield torch.from_numpy(np.divide(images.numpy(), 255, dtype=np.float32)), labels
+    rows = [(None, indices[start:start + batch_size], None)
+            for start in range(0, len(indices), batch_size)]
+    for images, labels in read(dataset, rows, workers):
+        yield images.float() / 255, labels
 
 
 # ---- Pictures in and out, command line
@@ -392,7 +371,6 @@ def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--data", default="auto", help="auto, fashion, shapes or a folder")
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--preview", metavar="FILE", help="a picture, one row per class")
     parser.add_argument("--note", metavar="FILE", help="for what auto is")
     args = parser.parse_args()
     train, val = (open_dataset(args.data, split, args.image_size) for split in ("train", "val"))
@@ -400,11 +378,6 @@ def main():
           f"{len(train.classes)} classes: {', '.join(train.classes[:12])}")
     if args.note:
         write_atomically(args.note, lambda temporary: temporary.write_text(train.name))
-    if args.preview:
-        indices = [np.resize(np.flatnonzero(val.labels == label), 10)
-                   for label in np.unique(val.labels)[:20]]
-        images, _ = next(all_images(val, 200, np.concatenate(indices)))     # [n, 3, H, W]
-        save_picture(picture_grid(images, 10, max(1, 64 // args.image_size)), args.preview)
 
 
 if __name__ == "__main__":

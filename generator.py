@@ -549,7 +549,7 @@ def sample_pictures(args, tokenizer_path, path):
     names, count, grid = model.classes, args.sample, []
     wanted = find_classes(args.classes, names) if args.classes else range(len(names))
     labels = torch.tensor([wanted[i * len(wanted) // count] for i in range(count)])  # [n]
-    for file in output.glob("*.png") if args.separate else ():
+    for file in output.glob("[0-9]" * 5 + "_*.png") if args.separate else ():
         file.unlink()
     for i, batch in enumerate(labels.split(100)):
         codes = sample_codes(model, batch, args.seed + 10 ** 9 * i, **changes)  # [100, L]
@@ -581,8 +581,11 @@ def main():
     args = trainer.parse(parser)
     preset = args.preset or f"{getattr(args, 'mode', 'ar')}_{args.config}"
     config = trainer.override(PRESETS[preset], args)
-    if others := NO_FLAGS[config.mode] & vars(args).keys():
-        raise BadInput(f"--{min(others)}: not of --mode {config.mode}")
+    trainer.refuse(args, NO_FLAGS[config.mode], f"not of --mode {config.mode}")
+    if args.sample is None:
+        trainer.refuse(args, ("classes", "separate", "output"), "only with --sample")
+    else:
+        trainer.refuse(args, TrainConfig.__dataclass_fields__, "not with --sample")
     tokenizer_path = args.tokenizer or default_tokenizer(args.out, config.tokens)
     if args.sample is not None:
         path = args.out / f"{config.mode}_{codes_name(tokenizer_path)}.pt"

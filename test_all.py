@@ -21,7 +21,6 @@ import re
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -319,7 +318,7 @@ def test_stage2_leaves_codes_alone_and_trains_only_the_decoders(toy):
         assert not torch.equal(one[key], two[key])
 
 
-def test_stage2_scores_pixels_in_float32():
+def test_stage2_scores_pixels_in_float32_and_warms_its_discriminator_up(toy, tmp_path):
     model, seen = tiny(), []
 
     def perceptual_loss(a, b):
@@ -331,12 +330,19 @@ def test_stage2_scores_pixels_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         loss_fn(pictures(), lambda images: seen.append(images @ images.mT) or seen[-1])
     assert [x.dtype for x in seen] == 3 * [torch.float32]
+    run(f"python tokenizer.py {SMALL} --stage 2 --tokens 4 --checkpoint {toy / 'nativetok_4.pt'} "
+        f"--out {tmp_path} --steps 3 --gan_start 2 --discriminator_first 0 --warmup 4 "
+        f"--learning_rate 1")
+    saved = load(tmp_path / "nativetok_4_stage2.pt")        # after 3 steps, 1 with discriminator
+    decoders, discriminator = (saved[name]["param_groups"][0]["lr"]
+                               for name in ("optimizer", "discriminator_optimizer"))
+    assert decoders == pytest.approx(3 / 4) and discriminator == pytest.approx(5 / 4)
 
 
 def test_tokenizer_overfits_16_images():
     torch.manual_seed(0)
     shapes = data.open_dataset("shapes", "train", 16)
-    images = torch.from_numpy(shapes.get_many(range(16), [None] * 16)) / 255
+    images = torch.from_numpy(np.stack([shapes.get(i) for i in range(16)])) / 255
     model = tokenizer.NativeTok(replace(TINY, width=64, expert_width=32, codebook_size=64))
     targets = VQGAN(TINY_VQGAN).eval().encode(images)                       # [16, 16]
     assert (targets == targets.mode(0).values).float().mean() < 0.6     # what no code could tell
@@ -816,9 +822,9 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
         raise OSError(28, "No space left on device")
 
     trainer.write_atomically(tmp_path / "x.pt", lambda path: path.write_bytes(b"whole"))
-    with pytest.raises(BadInput, match="No space left on device.*unchanged"):
+    with pytest.raises(OSError, match="No space left on device"):
         trainer.write_atomically(tmp_path / "x.pt", breaks)
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+    assert (tmp_path / "x.pt").read_bytes() == b"whole"
 
 
 def test_results_are_not_overwritten_unless_asked_for(toy, tmp_path):
@@ -831,8 +837,8 @@ def test_results_are_not_overwritten_unless_asked_for(toy, tmp_path):
     refused(f"{command} --steps 6 --resume --clip 2", "clip=1.0, not 2.0")
     assert (toy / "vqgan.pt").read_bytes() == before
     out = folder_without(toy, tmp_path / "out", "none")
-    said = run(f"python vqgan.py {SMALL} --out {out} --steps 5 --resume --learning_rate 1e-4")
-    assert "learning_rate 0.004 -> 0.0001" in said and load(out / "vqgan.pt")["step"] == 5
+    run(f"python vqgan.py {SMALL} --out {out} --steps 5 --resume --learning_rate 1e-4")
+    assert load(out / "vqgan.pt")["step"] == 5
     assert [line["step"] for line in trainer.read_log(out / "vqgan.jsonl")] == [2, 4, 5]
     run(f"python vqgan.py {SMALL} --out {out} --steps 2 --seed 5 --overwrite")
     assert load(out / "vqgan.pt")["step"] == 2
@@ -846,7 +852,7 @@ def test_two_runs_in_one_folder(toy, tmp_path):
     with running(command) as process:
         while process.is_alive() and not (out / "vqgan.pt").exists():
             time.sleep(0.02)
-        refused(f"{command} --resume", "another run is writing vqgan")
+        refused(f"{command} --resume", "another run writes there")
     run(f"{command.replace('500', '2')} --overwrite")       # the lock went with its process
 
 
@@ -855,9 +861,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_saves(toy, tmp_path):
     command = f"python vqgan.py {SMALL} --out {out} --save_every 2"
     run(f"{command} --steps 2")
     before = (out / "vqgan.pt").read_bytes()
-    line = refused(f"{command} --steps 9 --resume --learning_rate 1e30", "not finite",
-                   "keeps the last")
-    assert re.search(r"at step [3-5]|after step [3-5]", line) and "--learning_rate" in line
+    refused(f"{command} --steps 9 --resume --learning_rate 1e30", "not finite at step 4",
+            "vqgan.pt is not replaced", "--learning_rate")
     assert (out / "vqgan.pt").read_bytes() == before
 
 
@@ -874,17 +879,17 @@ def undivided(toy, tmp_path_factory):
     def undivided(name, flags):
         out = folder_without(toy, tmp_path_factory.mktemp(name) / "out", name)
         said = run(f"python {STAGES[name]} {SMALL} {flags} --out {out}")
-        assert "batch 8 = 1 process x 8 x 1" in said
+        assert "batch 8 = 1 rank x 8 x 1" in said
         return out
     return undivided
 
 
 @pytest.mark.parametrize("name, launcher, flags, split", [
-    ("nativetok_3", "python {0} --micro_batch 3", "", "1 process x 2 x 4"),     # 3 is no part of 8
-    ("nativetok_3", f"{TWO} --micro_batch 2", "", "2 processes x 2 x 2"),
-    ("nativetok_3", NODES, "", "2 processes x 4 x 1"),
-    ("nativetok_4_stage2", TWO, "", "2 processes x 4 x 1"),
-    ("ar_nativetok_4", TWO, "--dropout 0 --class_dropout 0", "2 processes x 4 x 1")])
+    ("nativetok_3", "python {0} --micro_batch 3", "", "1 rank x 2 x 4"),     # 3 is no part of 8
+    ("nativetok_3", f"{TWO} --micro_batch 2", "", "2 ranks x 2 x 2"),
+    ("nativetok_3", NODES, "", "2 ranks x 4 x 1"),
+    ("nativetok_4_stage2", TWO, "", "2 ranks x 4 x 1"),
+    ("ar_nativetok_4", TWO, "--dropout 0 --class_dropout 0", "2 ranks x 4 x 1")])
 def test_micro_batches_ranks_and_nodes_take_the_steps_of_one_process(
         toy, undivided, tmp_path, name, launcher, flags, split):
     """Dropout and random masks are off: they differ by design."""
@@ -967,6 +972,8 @@ def test_help_has_every_field_and_fits_on_a_screen():
     for command in ("vqgan.py", "tokenizer.py", "tokenizer.py --stage 2", "hnt.py", "generator.py"):
         text = run(f"python {command} -h")
         assert all(f"--{field}" in text for field in trainer.TrainConfig.__dataclass_fields__)
+        assert "generator" not in command or all(
+            f"--{name}" in text for name in ("layers", "rope", "temperature", "top_k"))
         assert len(text.splitlines()) <= (60 if "generator" in command else 50)
         assert ("--expert_width" in text) == (command == "tokenizer.py")
 
@@ -983,11 +990,14 @@ def test_bad_flags(tmp_path):
             "generator.py --mode arr": ["arr", "maskgit"],
             "hnt.py --strategy reus": ["reus", "reuse+finetune"],
             "tokenizer.py --device cuda": ["--device cuda", "not present"],
-            "tokenizer.py --device gpu": ["--device gpu", "cpu"],
-            "vqgan.py --config toy --micro_batch 0": ["--micro_batch 0"],
+            "vqgan.py --config toy --batch_size nan": ["--batch_size", "invalid"],
             "generator.py --mode ar --guidance_scale nan": ["--guidance_scale", "finite", "nan"],
             "generator.py --sampling_steps 2": ["--sampling_steps: not of --mode ar"],
             "generator.py --preset maskgit_toy --sample 4 --top_k 0": ["--top_k: not of --mode"],
+            "generator.py --sample 4 --steps 5": ["--steps: not with --sample"],
+            "generator.py --classes bag": ["--classes: only with --sample"],
+            "tokenizer.py --reconstruct a.png --steps 5": ["--steps: not with --reconstruct"],
+            "tokenizer.py --model titok --expert_width 8": ["--expert_width: TiTok has no experts"],
             "generator.py --num_classes 3": ["--num_classes"],      # read off the data
     }.items():
         refused(f"python {command} --out {tmp_path}", *words)
@@ -1061,10 +1071,9 @@ def test_reconstruct_and_sample(toy, tmp_path):
     assert len(list((tmp_path / "files").iterdir())) == 3 + 1
     refused(f"{sample} --sample 5 --classes strr", "strr", "star")
     refused(f"python tokenizer.py --reconstruct {tmp_path}/no.png {shared}", "no.png")
-    said = run(f"python data.py --data shapes --preview {tmp_path}/p.png --note {tmp_path}/note")
+    said = run(f"python data.py --data shapes --note {tmp_path}/note")
     assert "drawn, not photographed: 10,000 train and 2,000 val" in said
     assert (tmp_path / "note").read_text() == "shapes"
-    assert Image.open(tmp_path / "p.png").size == (10 * 66 - 2, 10 * 66 - 2)
     refused("python data.py --data missing", "--data missing: no such folder")
 
 
@@ -1196,16 +1205,9 @@ def test_every_mode_and_draft_show_the_same_picture(tmp_path):
     for mode in ("RGBA", "LA", "P"):                    # transparent becomes white
         clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0)).convert(mode)
         assert (saved("clear.png", clear) == 1).all()
-    for depth, colour, pixel in ((16, 0, b"\1\2"), (4, 0, b"\x55"), (16, 2, b"\1\2\xff\1\0\7")):
-        rows = b"".join(b"\0" + p * (4 if depth == 16 else 2) for p in (pixel, pixel[::-1]) * 2)
-        clear = pixel if depth == 16 else b"\0\5"              # transparent are rows 0 and 2
-        content = b"\x89PNG\r\n\x1a\n"
-        for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", 4, 4, depth, colour, 0, 0, 0)),
-                           (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-            content += struct.pack(">I", len(body)) + kind + body
-            content += struct.pack(">I", zlib.crc32(kind + body))
-        (tmp_path / "clear.png").write_bytes(content)
-        assert np.asarray(data.decode_image(tmp_path / "clear.png", 4))[::2].min() == 255
+    Image.fromarray(np.array([[258, 513]], np.uint16)).save(tmp_path / "clear.png",
+                                                            transparency=258)
+    assert np.asarray(data.decode_image(tmp_path / "clear.png", 2))[0, :, 0].tolist() == [255, 2]
     for dtype in (np.float32, np.int32):                # white where 255 is, or 1, or its largest?
         Image.fromarray(np.full((16, 16), 64, dtype)).save(tmp_path / "f.tif")
         with pytest.raises(BadInput, match="f.tif: not a picture .*range of its pixels"):
@@ -1270,7 +1272,7 @@ def test_folders_of_all_layouts(tmp_path, folder):
     (folder / "labels.csv").touch()
     for part, other in zip(opened("pictures"), (train, val)):
         assert (part.files, part.classes) == (other.files, other.classes)
-        assert "in T" in part.note and "all but Training/ and TEST/ left out" in part.note
+        assert f"all but train and val of {folder} left out" in part.note
     flat = shutil.copytree(folder / "TEST", tmp_path / "flat" / "train").parent
     shutil.copytree(tmp_path / "bare", flat / "val")
     (tmp_path / "empty").mkdir()
@@ -1279,15 +1281,14 @@ def test_folders_of_all_layouts(tmp_path, folder):
     (tmp_path / "single" / "val" / "0.png").unlink()
     shutil.rmtree(folder / "TEST")
     for name, line in (("copy", "dog"), ("pictures", "needs both train/ and val/"),
-                       ("flat", "class images is not in train/. Sort the images into"),
+                       ("flat", "class images is not in .*train"),
                        ("single", "1 images for val: too few"),
-                       ("empty", "no images for train"), ("missing", "no such folder")):
+                       ("empty", "0 images for train"), ("missing", "no such folder")):
         with pytest.raises(BadInput, match=f"{tmp_path / name}.*{line}"):
             opened(name)
 
 
-@pytest.mark.parametrize("workers", (0, 2))
-def test_the_next_of_its_class_takes_the_place_of_a_broken_file(folder, capfd, workers):
+def test_the_next_of_its_class_takes_the_place_of_a_broken_file(folder, capfd):
     data.say.cache_clear()
     broken = [folder / "train" / name for name in ("ant/3.png", "ant/7.png", "bee/7.png")]
     for file, content in zip(broken, (broken[0].read_bytes()[:60], b"", b"not a picture")):
@@ -1296,17 +1297,15 @@ def test_the_next_of_its_class_takes_the_place_of_a_broken_file(folder, capfd, w
     with pytest.raises(BadInput, match="ant/3.png: cannot be read, so not scored"):
         list(data.all_images(dataset, 5))
     next(data.batches(dataset, 24, seed=0))     # training continues
-    data.say.cache_clear()
-    capfd.readouterr()
     dataset = data.open_dataset(str(folder), "train", 8, draft=True)
-    images = torch.cat([part for part, _ in data.all_images(dataset, 5, workers=workers)])
+    images = torch.cat([part for part, _ in data.all_images(dataset, 5)])
     for index, other in ((3, 4), (7, 0), (15, 8)):
         assert torch.equal(images[index], images[other])
     said = capfd.readouterr().out
     assert [said.count(f"{file}: cannot be read") for file in broken] == [1, 1, 1]
     for i in range(8):
         (folder / "train" / "cat" / f"{i}.png").write_bytes(b"")
-    with pytest.raises(BadInput, match="cat/.*cannot be read, nor those tried before"):
+    with pytest.raises(BadInput, match="cat/.*cannot be read, nor any other of its class"):
         dataset.get(20)
 
 
@@ -2327,7 +2326,7 @@ def test_d2it_on_two_ranks_is_d2it_on_one(toy, tmp_path, stage):
     for launcher, out in zip(("python {}", TWO), outs):
         said = run(launcher.format(f"{tmp_path}/same.py --stage {stage} {SMALL} --steps 2 "
                                    f"--warmup 1 --learning_rate 1e-4 --out {out}"), fresh=True)
-    assert "2 processes x 4 x 1" in said
+    assert "2 ranks x 4 x 1" in said
     one, two = (load(out / f"d2it_{stage}.pt")["model"] for out in outs)
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5, msg=key)

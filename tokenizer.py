@@ -632,6 +632,11 @@ def main():
     add("--reconstruct", metavar=("IMAGE", "..."), nargs="+", help="do this instead of training")
     args = trainer.parse(parser)
     titok = "titok" in getattr(args, "model", "")
+    if titok:
+        experts = [name for name in vars(args) if name.startswith("expert_")]
+        trainer.refuse(args, experts, "TiTok has no experts")
+    if args.reconstruct:
+        trainer.refuse(args, TrainConfig.__dataclass_fields__, "not with --reconstruct")
     config = trainer.override(PRESETS["titok_" * titok + args.config], args)
     (reconstruct if args.reconstruct else train_stage1)(args, config)
 

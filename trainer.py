@@ -1,9 +1,7 @@
 """What all stages share and is not the method: flags, checkpoints, ranks, the log.
 
-A script parses its flags, makes a Run, then model, optimizer and EMA, calls run.start, which loads
-them on --resume, and has its loop in the open. A resumed run equals an uninterrupted one, bit for
-bit on a CPU: the order of images is a function of (seed, step), the learning rate one of the step,
-and the random state is saved with the weights.
+A resumed run equals an uninterrupted one, bit for bit on a CPU: the order of images is a function
+of (seed, step), the learning rate one of the step, and the random state is saved with the weights.
 """
 import argparse
 import copy
@@ -17,7 +15,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -27,11 +25,6 @@ from typing import get_args
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
-
-
-# the flags that many a training script saves with its weights; it holds values and runs no code
-torch.serialization.add_safe_globals([argparse.Namespace])
 
 
 class BadInput(ValueError):
@@ -43,10 +36,7 @@ def launch(main):
     try:
         main()
     except (BadInput, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)       # mostly all ranks' error: torchrun ends this one after rank 0
-        line = f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}"
-        print(line, file=sys.stderr, flush=True)
+        print(f"{sys.argv[0]}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
         os._exit(2 if isinstance(error, BadInput) else 130)     # waits for no other rank
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -105,7 +95,6 @@ def command_line(description, *config_classes):
     either("--overwrite", action="store_true", help="start again and replace the old results")
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or mps; default: cuda if present, else cpu")
-    add("--deterministic", action="store_true", help="on CUDA: sums in a fixed order, slower")
     add("--tensorboard", action="store_true", help="log for tensorboard, too")
     for cls in config_classes:
         add_fields(parser.add_argument_group(f"{cls.__name__}, defaults by --config"), cls)
@@ -117,6 +106,8 @@ def add_fields(parser, cls, names=None):
     comments = dict(re.findall(r"(?m)^    (\w+): [^#\n]+#\s*(.*)$", inspect.getsource(cls)))
     for field in fields(cls):
         kind, text = field.type, comments.get(field.name, "")
+        if is_dataclass(kind) or (names and field.name not in names):
+            continue
         how = {"metavar": "", "type": finite if kind is float else kind}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
@@ -124,8 +115,7 @@ def add_fields(parser, cls, names=None):
             how["type"] = lambda value: tuple(map(int, value.split(",")))
         elif get_args(kind):            # Literal["a", "b"]
             how, text = {"metavar": "", "choices": get_args(kind)}, f"{text}: %(choices)s"
-        if not is_dataclass(kind) and field.name in (names or [field.name]):
-            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **how)
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **how)
 
 
 def finite(text):
@@ -135,39 +125,40 @@ def finite(text):
     return float(text)
 
 
-def parse(parser, argv=None):
+def refuse(args, names, why):
+    """Raise BadInput if one of these flags was given."""
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None and value is not False:
+            raise BadInput(f"--{name}: {why}")
+
+
+def parse(parser):
     """Parse the flags and fill in --config, --data, --out and --device."""
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     default = ("full", "CUDA is present") if torch.cuda.is_available() else ("toy", "no CUDA here")
     args.config, args.why = (args.config, "asked for") if args.config else default
     args.data = args.data or ("auto" if args.config == "toy" else "data/imagenet")
     args.out = Path(args.out or f"out/{args.config}")
     args.device = choose_device(args.device)
-    if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        raise BadInput("--overwrite: a restart would delete what is saved. Give --resume")
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
     return args
 
 
 def choose_device(asked=None):
     """The torch.device of --device; by default this rank's GPU with CUDA, else the CPU."""
-    there = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.mps.is_available()
-    name = asked or there[0]
-    if name.split(":")[0] not in there:
-        raise BadInput(f"--device {name}: not present here. Choose from: {', '.join(there)}")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if name.startswith("cuda"):
-        torch.cuda.set_device(name)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.enable_cudnn_sdp(False)     # it plans once per length: L experts
-        if "PYTORCH_ALLOC_CONF" not in os.environ:      # fewer unusable pieces of memory
-            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    return torch.device(name)
+    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise BadInput(f"--device {name}: CUDA is not present here. Give --device cpu")
+    device = torch.device(name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it plans once per length: L experts
+    if "PYTORCH_ALLOC_CONF" not in os.environ:      # fewer unusable pieces of memory
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    return device
 
 
 def override(preset, args):
@@ -181,23 +172,16 @@ def override(preset, args):
 def write_atomically(path, write):
     """Call write(temporary path), then rename that: at path is a whole file, old or new."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.writing{os.environ.get('RANK', '')}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())     # before the rename, or a power cut could leave a hole
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:        # torch.save on a full disk: RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot be written ({first_line(error)}); unchanged. Free some "
-                       f"space, or choose another --out") from error
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())     # before the rename, or a power cut could leave a hole
+    os.replace(temporary, path)
 
 
 def lock(path, wait=False):
-    """Lock the file until the returned one is closed or the process ends. Where another process has
-    the lock: wait for it, or raise BadInput."""
+    """Lock a file until the returned one is closed. If another process has it: wait, or fail."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")
     try:
@@ -206,47 +190,45 @@ def lock(path, wait=False):
     except ImportError:     # Windows: two runs in one folder are not kept apart
         pass
     except OSError:
-        raise BadInput(f"{path.parent}: another run is writing {path.stem[1:]} there. Wait for it, "
-                       f"or choose another --out") from None
+        raise BadInput(f"{path.parent}: another run writes there. Choose another --out") from None
     return file
 
 
 def first_line(error):
-    if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):     # torch's fifth line
-        return f"it holds a {found[1]}, which may run code: save its weights alone, if you trust it"
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def read_weights(source):
-    """A state dict, itself or in a torch or .safetensors file, without the prefixes that torch's
-    wrappers put before its names. Raises BadInput where numbers are not finite."""
-    state = source
-    if not isinstance(source, dict) and Path(source).suffix == ".safetensors":
+    """A state dict, itself or in a file; all its numbers are finite."""
+    if isinstance(source, dict):
+        state = source
+    elif Path(source).suffix == ".safetensors":
         from safetensors.torch import load_file         # an optional package
         state = load_file(source)
-    elif not isinstance(source, dict):
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    for name in ("state_dict", "model"):    # LlamaGen's files: {"model": {name: tensor}, ...}
-        state = state[name] if isinstance(state.get(name), dict) else state
+    else:
+        with torch.serialization.safe_globals([argparse.Namespace]):    # LlamaGen's flags
+            state = torch.load(source, map_location="cpu", weights_only=True)
+    state = state.get("model", state)       # LlamaGen's files: {"model": {name: tensor}, ...}
     for name, tensor in state.items():
         if not tensor.is_meta and not tensor.isfinite().all():
             raise BadInput(f"{name} has numbers that are not finite")
+    # without the prefixes that torch's wrappers put before the names
     return {name.replace("_orig_mod.", "").removeprefix("module."): tensor
             for name, tensor in state.items()}
 
 
 def load_checkpoint(path, stages, make):
-    """A checkpoint's dict, with at least model, config, step and stage. stages: the kind it must
-    be, or a tuple of kinds (vqgan, tokenizer, ar, maskgit). make: the command that makes one."""
-    stages = (stages,) if isinstance(stages, str) else stages
+    """A checkpoint's dict. stages: the kind it must be, or a tuple of kinds (vqgan, tokenizer, ar,
+    maskgit). make: the command that makes one."""
     if not Path(path).exists():
         raise BadInput(f"{path}: not found. Train it first: {make}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        stage = [checkpoint[name] for name in ("model", "config", "step", "stage")][-1]
+        stage = checkpoint["stage"]
     except Exception as error:          # torch raises many kinds here
         raise BadInput(f"{path}: not a checkpoint, or cut short ({first_line(error)}). Make it "
                        f"again: {make}") from error
+    stages = (stages,) if isinstance(stages, str) else stages
     if stage not in stages:
         raise BadInput(f"{path}: of stage {stage!r}, wanted {' or '.join(stages)}. Make it: {make}")
     return checkpoint
@@ -273,12 +255,9 @@ def fingerprint(module, leave_out=()):
 
 
 def read_log(path):
-    """The lines of a run's log as dicts, without one that a kill cut short."""
-    lines = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        with suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
+    """The lines of a run's log as dicts, without a last one that a kill cut short."""
+    text = Path(path).read_text() if Path(path).exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 # ---- Optimizer, schedule, averaged weights
@@ -294,9 +273,8 @@ def adamw(module, training, betas=None, no_decay=NO_DECAY):
             groups[p.ndim >= 2 and not any(word in name for word in no_decay)].append(p)
     groups = [{"params": parameters, "weight_decay": training.weight_decay * decays}
               for decays, parameters in groups.items()]
-    return torch.optim.AdamW(groups, training.learning_rate,
-                             betas or (training.beta1, training.beta2),
-                             fused=next(module.parameters()).device.type != "mps")
+    betas = betas or (training.beta1, training.beta2)
+    return torch.optim.AdamW(groups, training.learning_rate, betas, fused=True)
 
 
 def cosine(step, training):
@@ -354,8 +332,7 @@ def setup_ranks(device):
 
 
 def to_device(x, device):
-    """A tensor of a batch on the device: without waiting for the GPU, images as bytes, which become
-    float32 in [0, 1] there."""
+    """A tensor of a batch on the device; images move as bytes and become float32 in [0, 1]."""
     x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
@@ -385,8 +362,7 @@ class Run:
     """One training run: its checkpoint is <out>/<name>.pt, its log <out>/<name>.jsonl.
 
     store: facts for the checkpoint. must_match: what else, beside config, training and data, must
-    be the same in a resumed run; may_differ: settings that need not be. Raises BadInput where
-    results exist without --resume or --overwrite. Leaves with exit code 0 where they are complete.
+    be the same in a resumed run; may_differ: settings that need not be.
     """
     def __init__(self, args, stage, name, config, training, dataset, may_differ=(), store=None,
                  **must_match):
@@ -394,18 +370,17 @@ class Run:
         self.config, self.training, self.store = config, training, store or {}
         self.settings = {"seed": args.seed, "data": dataset.content, **must_match}
         self.path, self.log_path = args.out / f"{name}.pt", args.out / f"{name}.jsonl"
-        self.step, self.seconds, self.sums, self.stop_asked = 0, 0.0, {}, 0.0
+        self.step, self.sums, self.stop_asked = 0, {}, 0.0
         self.rank, self.world = setup_ranks(self.device)
         self.main = self.rank == 0
         share = training.batch_size // self.world       # of a step's images, on this rank
-        if share * self.world != training.batch_size or min(share, training.micro_batch) < 1:
-            raise BadInput(f"--batch_size {training.batch_size} --micro_batch "
-                           f"{training.micro_batch}: no multiple of {self.world} ranks, or below 1")
+        if share * self.world != training.batch_size:
+            raise BadInput(f"--batch_size {training.batch_size}: no multiple of {self.world} ranks")
         self.accumulate = next(n for n in range(1, share + 1)
                                if share % n == 0 and share // n <= training.micro_batch)
         self.share = (self.rank, self.world, self.accumulate)
         self.lock = self.main and lock(args.out / f".{name}.lock")
-        self.checkpoint, changes = self._existing_results(MAY_DIFFER | set(may_differ))
+        self.checkpoint = self._existing_results(MAY_DIFFER | set(may_differ))
         if args.config == "toy" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)    # docs/results.md: threads that wait slow all others
         facts = [asdict(config), asdict(training), self.settings, self.step]
@@ -416,28 +391,24 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter       # pip install tensorboard
             self.board = SummaryWriter(args.out / "tensorboard" / name)
         state = f"resumed at step {self.step} of" if self.step else "new run of"
-        self.say(f"config {args.config} ({args.why}), {self.path}: {state} {training.steps} steps"
-                 f"{changes}")
+        self.say(f"config {args.config} ({args.why}), {self.path}: {state} {training.steps} steps")
         self.say(f"data {dataset.name}: {len(dataset):,} images, {len(dataset.classes)} classes"
                  f"{dataset.note}")
-        unit, units = ("process", "processes") if self.device.type == "cpu" else ("GPU", "GPUs")
-        self.say(f"device {self.device}, {torch.get_num_threads()} CPU threads; batch "
-                 f"{training.batch_size} = {self.world} {unit if self.world == 1 else units} x "
+        unit = ("rank" if self.device.type == "cpu" else "GPU") + "s" * (self.world > 1)
+        self.say(f"device {self.device}; batch {training.batch_size} = {self.world} {unit} x "
                  f"{share // self.accumulate} x {self.accumulate}")
 
     def _existing_results(self, may_differ):
-        """The checkpoint to continue from or None, and the settings that have changed since."""
-        changes = ""
+        """The checkpoint to continue from, or None."""
         if self.args.overwrite or not self.path.exists():
-            return None, changes
+            return None
         checkpoint = load_checkpoint(self.path, self.stage, "with --overwrite")
         old = {**checkpoint["config"], **checkpoint["training"], **checkpoint["settings"]}
         new = {**asdict(self.config), **asdict(self.training), **self.settings}
-        for key in sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-            if key not in may_differ:
+        for key in sorted((old.keys() | new.keys()) - may_differ):
+            if old.get(key) != new.get(key):
                 raise BadInput(f"{self.path}: made with {key}={old.get(key)}, not {new.get(key)}. "
                                f"Choose another --out, or --overwrite")
-            changes += f", {key} {old.get(key)} -> {new.get(key)}"
         self.step = checkpoint["step"]
         if self.step >= self.training.steps:
             self.say(f"{self.path}: complete ({self.step} steps); --overwrite starts again")
@@ -445,7 +416,7 @@ class Run:
         if not self.args.resume:
             raise BadInput(f"{self.path}: step {self.step} of {self.training.steps}. Give --resume "
                            f"to continue, or --overwrite to start again")
-        return checkpoint, changes
+        return checkpoint
 
     def parallel(self, module):
         """DistributedDataParallel under torchrun, the module itself otherwise."""
@@ -459,37 +430,30 @@ class Run:
         before it ends the run."""
         # each rank's own masks and dropout
         torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)
-        if self.checkpoint is not None:
-            try:
-                for name, part in parts.items():
-                    part.load_state_dict(self.checkpoint[name])
-            except Exception as error:
-                raise BadInput(f"{self.path}: does not fit this run ({first_line(error)}). Give "
-                               f"--overwrite to start again") from error
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint[name])
             if len(self.checkpoint["ranks"]) == self.world:
                 rank = self.checkpoint["ranks"][self.rank]
                 torch.set_rng_state(rank["cpu"])
-                if self.device.type == "cuda" and rank["cuda"] is not None:
+                if rank["cuda"] is not None:
                     torch.cuda.set_rng_state(rank["cuda"])
                 self.sums = rank["unlogged"]
+        elif self.main:
+            self.path.unlink(missing_ok=True)       # --overwrite
+        self.checkpoint = None
+        # lines beyond the checkpoint come again
+        kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
         if self.main:
-            if self.checkpoint is None:
-                self.path.unlink(missing_ok=True)       # --overwrite
-            # lines beyond the checkpoint come again
-            kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
-            self.seconds = kept[-1]["seconds"] if kept else 0.0
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(self.log_path, lambda temporary: temporary.write_text(text))
-        self.checkpoint = None
         trained = sum(p.numel() for p in parts["model"].parameters() if p.requires_grad)
         self.say(f"{trained / 1e6:.2f}M parameters train")
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
             if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
                 signal.signal(number, self._ask_to_stop)
-        self.bar = tqdm(total=self.training.steps, initial=self.step, desc=self.path.stem,
-                        unit="step", mininterval=1.0, disable=None if self.main else True)
-        self.started = self.logged_at = time.perf_counter()
-        self.logged_step, self.finite_steps = self.step, 0          # since the last line of the log
+        self.logged_step, self.logged_at = self.step, time.perf_counter()
+        self.started = self.logged_at - (kept[-1]["seconds"] if kept else 0)
 
     def micro_batches(self, batches, module):
         """The micro-batches of one step on the device, images as float32 in [0, 1]. Forward and
@@ -516,10 +480,6 @@ class Run:
         """Remember a step's values, and write a line to the log when one is due."""
         self.add(**values)
         self.step = step + 1
-        # once a sum is not finite it stays so: this counts the steps before
-        finite = torch.isfinite(self.sums["loss"][0] + self.sums["grad_norm"][0])
-        self.finite_steps = self.finite_steps + finite.int()
-        self.bar.update()
         if self.step % self.training.log_every and self.step < self.training.steps:
             return
         means = torch.stack([torch.as_tensor(total, device=self.device) / count
@@ -531,16 +491,14 @@ class Run:
         now, steps = time.perf_counter(), self.step - self.logged_step
         line = {"step": self.step, **means,
                 "images_per_s": self.training.batch_size * steps / (now - self.logged_at),
-                "seconds": self.seconds + now - self.started}
-        self.sums, self.logged_at, self.logged_step, self.finite_steps = {}, now, self.step, 0
+                "seconds": now - self.started}
+        self.sums, self.logged_at, self.logged_step = {}, now, self.step
         if not self.main:
             return
         with open(self.log_path, "a") as file:
             file.write(json.dumps({name: round(v, 6) for name, v in line.items()}) + "\n")
-        text = f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s"
-        self.bar.set_postfix_str(text)
-        if self.bar.disable:        # not a terminal: a line instead of a bar
-            self.say(f"{self.path.stem}, step {self.step} of {self.training.steps}: {text}")
+        self.say(f"{self.path.stem}, step {self.step} of {self.training.steps}: "
+                 f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s")
         for name, value in line.items() if self.args.tensorboard else ():
             self.board.add_scalar(name, value, self.step)
 
@@ -557,30 +515,25 @@ class Run:
             stop = self.step % 4 == 0 and max(gather(stop))
         if not (stop or end or self.step % self.training.save_every == 0):
             return
+        weights = sum(p.detach().sum() for p in parts["model"].parameters())
+        self._stop_if_not_finite({"a weight": weights})         # after the last update
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         sums = {name: (float(total), count) for name, (total, count) in self.sums.items()}
         ranks = gather({"cpu": torch.get_rng_state(), "cuda": cuda, "unlogged": sums})
-        for rank in ranks:
-            self._stop_if_not_finite({name: sums[0] for name, sums in rank["unlogged"].items()})
         if self.main:
-            weights = [p.detach().sum() for p in parts["model"].parameters()]
-            self._stop_if_not_finite({"a weight": sum(weights)})        # after the last update
             checkpoint = {"stage": self.stage, "step": self.step, "config": asdict(self.config),
                           "training": asdict(self.training), "settings": self.settings,
                           "ranks": ranks, **self.store,
                           **{name: part.state_dict() for name, part in parts.items()}}
             write_atomically(self.path, lambda temporary: torch.save(checkpoint, temporary))
         gather(None)        # none leaves before it is written: torchrun would end the others
-        if end:
-            self.bar.close()
-        elif stop:
+        if stop and not end:
             raise KeyboardInterrupt(f"interrupted. {self.path} holds step {self.step} of "
                                     f"{self.training.steps}; continue with --resume")
 
     def say(self, line):
         if self.main:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            print(line, flush=True)
 
     def _ask_to_stop(self, number, frame):
         # torchrun passes on a Ctrl-C that its ranks have got already: a second counts after 2 s
@@ -591,7 +544,5 @@ class Run:
     def _stop_if_not_finite(self, values):
         for name, value in values.items():
             if not math.isfinite(value):
-                kept = f"{self.path} keeps the last" if self.path.exists() else "there is no"
-                step = min(self.step, self.logged_step + int(self.finite_steps) + 1)
-                raise BadInput(f"{name} is not finite at step {step}; {kept} checkpoint. Try a "
-                               f"smaller --learning_rate, or --no-bf16")
+                raise BadInput(f"{name} is not finite at step {self.step}; {self.path} is not "
+                               f"replaced. Try a smaller --learning_rate, or --no-bf16")
