@@ -211,6 +211,8 @@ class VectorQuantizer(nn.Module):
 
 class VQGAN(nn.Module):
     """Images <-> codes int64 [B, L] in raster order."""
+    fine_tuned = True       # as a tokenizer after stage 2: its decoder was trained on pixels
+
     def __init__(self, config):
         super().__init__()
         self.config = config
