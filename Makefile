@@ -127,6 +127,7 @@ PAPER_AR := --steps 400
 PAPER_TITOK := --encoder_layers 8
 PAPER_SCORES := --images 2500
 MAKE_VQGAN = $(TWO_RANKS) vqgan.py $(IN) --out $(PAPER) $(PAPER_VQGAN)
+DONE = touch $@
 else
 SEEDS ?= 1
 GPUS ?= 4
@@ -143,7 +144,10 @@ INCEPTION ?= weights/pt_inception-2015-12-05-6726825d.pth
 # ADM's file, whose statistics gFID is computed against
 REFERENCE ?= weights/VIRTUAL_imagenet256_labeled.npz
 PAPER_FILES := $(WEIGHTS) $(INCEPTION) $(REFERENCE) weights/convnext_small.pth
-PAPER_SCORES := --inception $(INCEPTION) --reference $(REFERENCE)
+# FID of each model, in a .json beside it
+SCORED = $(if $(findstring /ar_,$@),gfid --reference $(REFERENCE),rfid --data $(DATA))
+DONE = $(RUN) evaluate.py $(SCORED) $(basename $@).pt --inception $(INCEPTION) \
+    --json $(basename $@).json && touch $@
 MAKE_VQGAN = $(PY) -m extras.pretrained vqgan $(WEIGHTS) --out $(PAPER) --overwrite
 endif
 ifdef STUDY     # make evidence, below, sets it
@@ -199,29 +203,29 @@ $(PAPER)/vqgan.done: | .venv/ready
 	$(PY) data.py --data $(DATA) --note $(PAPER)/data
 	$(MAKE_VQGAN) && touch $@
 %/vqgan.done: $(PAPER)/vqgan.done
-	mkdir -p $(@D) && cp $(PAPER)/*.pt $(@D) && touch $@
+	mkdir -p $(@D) && cp $(PAPER)/*.pt $(@D) && $(DONE)
 %/nativetok_$(S).done: %/vqgan.done
-	$(RUN) tokenizer.py $(HERE) --tokens $(S) $(PAPER_STAGE1) && touch $@
+	$(RUN) tokenizer.py $(HERE) --tokens $(S) $(PAPER_STAGE1) && $(DONE)
 %/titok_$(S).done: %/vqgan.done
-	$(RUN) tokenizer.py $(HERE) --tokens $(S) --model titok $(PAPER_TITOK) $(PAPER_STAGE1) && touch $@
+	$(RUN) tokenizer.py $(HERE) --tokens $(S) --model titok $(PAPER_TITOK) $(PAPER_STAGE1) && $(DONE)
 %/titok_causal_$(S).done: %/vqgan.done
-	$(RUN) tokenizer.py $(HERE) --tokens $(S) --model titok_causal $(PAPER_TITOK) $(PAPER_STAGE1) && touch $@
+	$(RUN) tokenizer.py $(HERE) --tokens $(S) --model titok_causal $(PAPER_TITOK) $(PAPER_STAGE1) && $(DONE)
 %/nativetok_$(M)_full.done: %/nativetok_$(S).done
-	$(RUN) hnt.py $(HERE) --tokens $(M) --strategy full $(PAPER_HNT) && touch $@
+	$(RUN) hnt.py $(HERE) --tokens $(M) --strategy full $(PAPER_HNT) && $(DONE)
 %/nativetok_$(M)_reuse.done: %/nativetok_$(S).done
-	$(RUN) hnt.py $(HERE) --tokens $(M) --strategy reuse $(PAPER_HNT) && touch $@
+	$(RUN) hnt.py $(HERE) --tokens $(M) --strategy reuse $(PAPER_HNT) && $(DONE)
 %/nativetok_$(M).done: %/nativetok_$(S).done
-	$(RUN) hnt.py $(HERE) --tokens $(M) $(PAPER_HNT) && touch $@
+	$(RUN) hnt.py $(HERE) --tokens $(M) $(PAPER_HNT) && $(DONE)
 %/nativetok_$(L).done: %/nativetok_$(M).done
-	$(RUN) hnt.py $(HERE) --tokens $(L) $(PAPER_HNT) && touch $@
+	$(RUN) hnt.py $(HERE) --tokens $(L) $(PAPER_HNT) && $(DONE)
 %_stage2.done: %.done
-	$(RUN) tokenizer.py $(HERE) --stage 2 --checkpoint $*.pt $(PAPER_STAGE2) && touch $@
+	$(RUN) tokenizer.py $(HERE) --stage 2 --checkpoint $*.pt $(PAPER_STAGE2) && $(DONE)
 %/ar_vqgan.done: %/vqgan.done
-	$(RUN) generator.py $(HERE) --mode ar --rope 2d --tokenizer $(@D)/vqgan.pt $(PAPER_AR) && touch $@
+	$(RUN) generator.py $(HERE) --mode ar --rope 2d --tokenizer $(@D)/vqgan.pt $(PAPER_AR) && $(DONE)
 %/ar_nativetok_$(S).done: %/nativetok_$(S)_stage2.done
-	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/nativetok_$(S)_stage2.pt $(PAPER_AR) && touch $@
+	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/nativetok_$(S)_stage2.pt $(PAPER_AR) && $(DONE)
 %/ar_titok_$(S).done: %/titok_$(S)_stage2.done
-	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/titok_$(S)_stage2.pt $(PAPER_AR) && touch $@
+	$(RUN) generator.py $(HERE) --mode ar --tokenizer $(@D)/titok_$(S)_stage2.pt $(PAPER_AR) && $(DONE)
 
 # ---- The study: make evidence SEEDS=5 trains seeds 0 to 4 in out/evidence, two processes side by
 # side. A seed whose numbers are in assets/paper/ is complete: nothing of it is trained or scored.

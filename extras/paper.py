@@ -1,120 +1,80 @@
 """The paper's tables and figures, from the models that the Makefile trains.
 
-    make paper                  # all at toy size, three seeds: trains what is missing
-    make table3a SEEDS=5        # or another of NAMES below
-    make evidence               # tested with longer training: extras/evidence.py
+    make paper                          # all at toy size, three seeds: trains what is missing
+    make table3a SEEDS=5                # or another of NAMES below
+    make evidence SEEDS=5               # the claims, tested with longer training
+    python -m extras.paper evidence     # its tables and figure, from the seeds' files alone
+    python -m extras.paper normal       # what is normal, from the logs beside these files
 
 Reads seed0, seed1, ... in --out; writes NAME.md, .json and .png there, and paper.md.
-Letters: B batch, H W pixels, L tokens, K codes in a codebook, n images or draws, F features.
+Letters: B batch, H W pixels, L tokens, K codes in a codebook, n images or draws.
 """
 import json
-from functools import cache, cached_property, partial
+import math
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
 
 import data
 import trainer
-from evaluate import (WEIGHTS, InceptionFID, dataset_pictures, feature_statistics, features_of,
-                      frechet_distance, open_pictures, samples, without_border)
-from extras.bench import PRESETS, hnt_steps, interleave
-from extras.evidence import (changed_distributions, evidence, half_width, likeliest, normal,
-                             overlap, score_seed, spread, token_overlap, verdict)
-from extras.report import (Bench, line_plot, machine, markdown, order_curves, picture_of,
-                           samples_grid, side_by_side)
-from generator import load_codes, load_pair, open_tokenizer, sample_codes
+from extras.bench import interleave, step_ratio
+from extras.evidence import (BUDGETS, GUIDANCE, STUDY, changed_distributions, cost_of_codes,
+                             likeliest, overlap, score_seed, token_overlap)
+from extras.report import (Bench, half_width, line_plot, machine, markdown, order_curves,
+                           order_plots, picture_of, sample_rows, spread, two_columns)
+from generator import load_pair, open_tokenizer
 from trainer import BadInput
 
 NAMES = ("table1", "table3a", "table3b", "table3c", "table5", "table6",
          "fig5", "fig6", "fig7", "fig8", "order")
-COMMANDS = {"seed": score_seed, "evidence": evidence, "normal": normal}     # of the study
+INTERVAL = "± half of the 95 % interval (Student's t)"
 
 
-def claim(words, one, other):
-    """The difference of two models' scores (ours, one value per seed; the paper's) in a sentence,
-    seed by seed."""
-    gaps, paper = np.subtract(one[0], other[0]), one[1] - other[1]          # [seeds]
-    return f"{words}: {spread(gaps, '+.2f')} (paper {paper:+.2f}): {verdict(gaps, paper)}."
+def verdict(gaps, paper):
+    """Does the difference of two models (ours, one per seed) have the sign of the paper's?"""
+    half = half_width(gaps)
+    if half is None or abs(np.mean(gaps)) <= half:
+        return "undecided"
+    return "holds" if np.mean(gaps) * paper > 0 else "does not at this scale"
+
+
+def difference(ours, others, paper):
+    """Cells of a table, of two models' scores, one per seed. paper: its difference, or "lower" or
+    "higher"; "" if it claims nothing."""
+    gaps = np.subtract(ours, others)                                        # [seeds]
+    if isinstance(paper, str):
+        sign = {"lower": -1, "higher": 1}.get(paper)
+        return [spread(gaps, "+.2f"), paper, verdict(gaps, sign) if sign else ""]
+    return [spread(gaps, "+.2f"), f"{paper:+.2f}", verdict(gaps, paper)]
 
 
 def compare(models, claims, notes=()):
-    """For `publish`, of {model: {head: cell}}: a row per model. A cell is a text or a score as in
-    `claim`. claims: [(head, model, another)]."""
-    heads, rows = [], []
+    """For `publish`, of {model: {head: cell}}: a row per model. A cell is a text, or a score: ours,
+    one value per seed, and the paper's. claims: [(head, model, another)]."""
+    rows = [["", *next(iter(models.values()))]]
     for name, cells in models.items():
-        heads, row = [""], [name]
-        for head, cell in cells.items():
-            is_text = isinstance(cell, str)
-            heads += [head] if is_text else [head, "paper"]
-            row += [cell] if is_text else [spread(cell[0]), f"{cell[1]:.2f}"]
-        rows.append(row)
-    sentences = [claim(f"{head}, {a} minus {b}", models[a][head], models[b][head])
-                 for head, a, b in claims]
-    return {"rows": [heads, *rows], "numbers": models, "claims": sentences, "notes": [*notes]}
+        rows.append([name, *(cell if isinstance(cell, str) else
+                             f"{spread(cell[0])} (paper {cell[1]:.2f})"
+                             for cell in cells.values())])
+    claimed = [["", "difference", "paper", "verdict"]]
+    for head, a, b in claims:
+        (ours, paper), (others, of_other) = models[a][head], models[b][head]
+        claimed.append([f"{head}, {a} minus {b}", *difference(ours, others, paper - of_other)])
+    return {"tables": [rows, claimed] if claims else [rows], "numbers": models, "notes": [*notes]}
 
-
-# ---- Parts of the figures
-
-def stem_plot(title, p, q):
-    """The likeliest codes of p [K] up, of q [K] down; square roots, or only a few would show."""
-    up, down = likeliest(p), likeliest(q)
-    codes, heights = torch.cat([up, down]), torch.cat([p[up].sqrt(), -q[down].sqrt()])
-    both, curves = torch.cat([torch.isin(up, down), torch.isin(down, up)]), {}
-    for name, shown in (("in both", both), ("in one", ~both)):
-        stems = heights[shown, None] * torch.tensor([0, 1, 0])      # a line up and back, per code
-        curves[name] = codes[shown].repeat_interleave(3).tolist(), stems.flatten().tolist()
-    return line_plot(title, "code", curves)
-
-
-def neighbour_information(codes):
-    """Mutual information in bits of codes i and i + 1, [L - 1], of codes [n, L], minus that of
-    shuffled ones: most pairs occur once."""
-    def entropy(values):
-        return stats.entropy(np.unique(values, return_counts=True)[1], base=2)
-
-    random, bits = np.random.default_rng(0), []
-    columns = codes.T.astype(np.int64)                                      # [L, n]
-    for first, second in zip(columns * (columns.max() + 1), columns[1:]):   # sums name the pair
-        joint, shuffled = entropy(first + second), entropy(first + random.permutation(second))
-        bits.append(shuffled - joint)       # both contain the same two single entropies
-    return bits
-
-
-# ---- The tables and figures
 
 class Paper:
-    """One method per table and figure: its docstring is the title; it returns a dict of any of rows
-    (of texts), numbers, claims, notes, picture."""
+    """One method per table and figure: its docstring is the title; it returns a dict of any of
+    tables (rows of texts), numbers, notes, picture."""
     def __init__(self, args):
-        fid = bool(args.inception or args.config == "full")
-        self.args, self.fid, self.count = args, fid, 50_000 if fid else args.samples
+        self.args, self.fid = args, args.config == "full"
         self.seeds = range(args.seeds or len(list(args.out.glob("seed[0-9]*"))))
         self.small, self.medium, self.large = (8, 16, 32) if args.config == "toy" else (32, 64, 128)
         self.pair = {"NativeTok": f"nativetok_{self.small}", "TiTok": f"titok_{self.small}"}
         self.bench = Bench(args, open_tokenizer(self.file("vqgan")).config.image_size)
-        self.r, self.g = ("rFID", "gFID, AR") if fid else ("rFD-classifier", "gFD-classifier, AR")
-        self.pictures = partial(
-            dataset_pictures, limit=None if fid else args.images, rounding="round")
-        self.real = self.pictures(self.bench.test)
-        self.real_g = (open_pictures(args.reference) if args.reference else
-                       self.pictures(self.bench.train if fid else self.bench.test))
-
-    @cached_property      # the FD-classifier may have to be trained
-    def network(self):
-        if self.fid:
-            return InceptionFID(self.args.inception or WEIGHTS).to(self.args.device)
-        classifier, border = self.bench.classifier, self.bench.test.border
-        return lambda images: classifier(without_border(images.float() / 255, border))  # [B, F], ..
-
-    def distance(self, real, fake):
-        """FID, or the same of the FD-classifier. Pictures keep their statistics."""
-        for pictures in (real, fake):
-            if "pool" not in pictures.statistics:
-                features = features_of(pictures, self.network, self.bench.device)["pool"]
-                pictures.statistics["pool"] = feature_statistics(features)
-        return frechet_distance(*real.statistics["pool"], *fake.statistics["pool"])
+        self.r, self.g = ("rFID", "gFID, AR") if self.fid else ("rFD", "gFD, AR")
 
     def file(self, name, seed=0):
         name = f"{name}.pt".replace("vqgan_stage2", "vqgan")        # it has no stage 2
@@ -132,30 +92,28 @@ class Paper:
                          self.bench.device)
 
     @cache        # several tables show the same score
-    def reconstructions(self, name):
-        """Score of the test images' reconstructions, one per seed. Stage 1 by argmax: its softmax
-        blurs, which a Fréchet distance punishes."""
+    def scores(self, name):
+        """FID or FD, one per seed, of an AR generator's samples or of the test images'
+        reconstructions; of stage 1 by argmax, for its softmax blurs."""
         values = []
-        for seed in self.seeds[:1] if "vqgan" in name else self.seeds:      # all share the VQGAN
-            tokenizer = self.load(name, seed)
-            hard = {} if getattr(tokenizer, "fine_tuned", True) else {"hard": True}
-            fake = self.pictures(self.bench.test, tokenizer=tokenizer, **hard)
-            values.append(self.distance(self.real, fake))
+        for seed in self.seeds[:1] if name.startswith("vqgan") else self.seeds:     # all share it
+            if self.fid:
+                scored = json.loads(self.file(name, seed).with_suffix(".json").read_text())
+                values.append(scored["scores"]["FID"])      # by evaluate.py: see the Makefile
+            elif name.startswith("ar_"):
+                values.append(self.bench.score_samples(*self.ar_pair(name[3:], seed))["fd"])
+            else:
+                tokenizer = self.load(name, seed)
+                hard = {} if tokenizer.fine_tuned else {"hard": True}
+                values.append(self.bench.score_reconstructions(tokenizer, **hard)["fd"])
         return values
-
-    @cache
-    def samples(self, name):
-        """Score of an AR generator's samples, one per seed."""
-        return [self.distance(self.real_g, samples(*self.ar_pair(name, seed), self.count, 0,
-                                                   "round")) for seed in self.seeds]
 
     def row(self, name, rfid, stage=""):
         """Cells for `compare`. rfid: the paper's."""
         model = self.load(name)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        return {"parameters": f"{millions:.{0 if millions > 100 else 2}f}M",
-                "tokens": str(model.config.tokens),
-                f"{self.r}{stage}": (self.reconstructions(name), rfid)}
+        return {"parameters": f"{millions:.2f}M", "tokens": str(model.config.tokens),
+                f"{self.r}{stage}": (self.scores(name), rfid)}
 
     def table1(self):
         """Table 1: tokenizers under one AR generator"""
@@ -163,13 +121,12 @@ class Paper:
         for model, rfid, gfid in (("VQGAN", 2.19, 5.46), ("TiTok", 2.21, 7.45),
                                   ("NativeTok", 2.57, 5.23)):
             name = self.pair.get(model, "vqgan")
-            models[model] = {**self.row(f"{name}_stage2", rfid), self.g: (self.samples(name), gfid)}
-        vqgan = self.load("vqgan").config
+            models[model] = {**self.row(f"{name}_stage2", rfid),
+                             self.g: (self.scores(f"ar_{name}"), gfid)}
         return compare(models, [(self.g, "NativeTok", "TiTok"), (self.g, "NativeTok", "VQGAN"),
                                 (self.r, "NativeTok", "TiTok")],
-                       [f"VQGAN: here stage 0's, {vqgan.tokens} tokens, {vqgan.codebook_size:,} "
-                        "codes; the paper's is LlamaGen's VQ-16, 256 tokens, 16,384 codes. Its "
-                        "generator turns by row and column (--rope 2d)."])
+                       ["VQGAN: here stage 0's; the paper's is LlamaGen's VQ-16, of 256 tokens and "
+                        "16,384 codes. Its generator turns by row and column (--rope 2d)."])
 
     def table3a(self):
         """Table 3a: kinds of attention, stage 1 alone, equal steps and parameters"""
@@ -180,16 +137,14 @@ class Paper:
 
     def table3b(self):
         """Table 3b: training strategies of HNT"""
-        name, device = f"nativetok_{self.medium}", self.bench.device
-        preset, batch = ("toy", 16) if self.args.config == "toy" else (name, 64)
-        steps = interleave(hnt_steps(PRESETS[preset], device, batch), 5, device)
+        name = f"nativetok_{self.medium}"
+        ratio = step_ratio(self.file(name), self.bench.device)
         return compare(
             {"full": self.row(f"{name}_full", 6.50), "reuse": self.row(f"{name}_reuse", 6.46),
              "reuse + fine-tune": self.row(name, 6.22)},
             [(self.r, "reuse", "full"), (self.r, "reuse + fine-tune", "reuse")],
             [f"Grown from {self.small} tokens; full starts from random weights.",
-             f"A step, batch {batch}: full {steps['full']:.3f} s, reuse {steps['frozen']:.3f} s, "
-             f"{steps['frozen'] / steps['full']:.2f} of it (paper: 1.53 s, 1.15 s, 0.75)."])
+             f"A frozen step takes {ratio:.2f} of a full one (paper: 1.15 s of 1.53 s, 0.75)."])
 
     def table3c(self):
         """Table 3c: encoding speed"""
@@ -232,13 +187,19 @@ class Paper:
 
     def fig5(self):
         """Fig. 5: the next code's distribution before (up) and after (down) codes were changed"""
+        def stems(p, sign):     # a line up and back per code; roots, or only a few would show
+            codes = likeliest(p[0]).sort().values.cpu()
+            heights = sign * p[0].cpu()[codes, None].sqrt() * torch.tensor([0, 1, 0])
+            return codes.repeat_interleave(3), heights.flatten()
+
         plots, label = [], torch.zeros(1, dtype=torch.int64)
         for changed in (2, 4):
             for model, name in self.pair.items():
                 p, q = changed_distributions(self.ar_pair(name)[0], label, 1, changed, seed=0)[-1]
                 title = f"{model}, {changed} codes changed: {overlap(p, q).item():.0%} overlap"
-                plots.append(stem_plot(title, p[0].cpu(), q[0].cpu()))
-        return {"picture": side_by_side(plots, 2),
+                curves = {"before": stems(p, 1), "after": stems(q, -1)}
+                plots.append(line_plot(title, "code", curves))
+        return {"picture": two_columns(plots),
                 "notes": ["Class 0, changed from the second code on. Table 6 has the mean."]}
 
     def fig6(self):
@@ -250,8 +211,7 @@ class Paper:
                 codes = tokenizer.encode(image)                             # [1, L]
                 decoded = [tokenizer.decode_codes(codes[:, :k]) for k in lengths]
                 rows.append((model, torch.cat([*decoded, image])))
-        return {"picture": picture_of(rows, 64 // self.bench.side),
-                "notes": [f"Codes: {', '.join(map(str, lengths))}."]}
+        return {"picture": picture_of(rows), "notes": [f"Codes: {', '.join(map(str, lengths))}."]}
 
     def fig7(self):
         """Fig. 7: reconstructions by number of tokens"""
@@ -260,104 +220,141 @@ class Paper:
         for tokens in (self.large, self.medium, self.small):
             tokenizer = self.load(f"nativetok_{tokens}_stage2")
             rows.append((f"NativeTok-{tokens}", tokenizer.decode_codes(tokenizer.encode(images))))
-        return {"picture": picture_of(rows, 64 // self.bench.side)}
+        return {"picture": picture_of(rows)}
 
     def fig8(self):
         """Fig. 8: samples of the AR generator over NativeTok (left) and TiTok (right)"""
-        grids = []
-        for ar, tokenizer in map(self.ar_pair, self.pair.values()):
-            codes = sample_codes(ar, self.bench.sample_labels, self.bench.seed)     # [n, L]
-            grids.append(samples_grid(self.bench, codes, tokenizer))
-        return {"picture": side_by_side(grids, 2)}
+        left, right = (sample_rows(self.bench, *self.ar_pair(name)) for name in self.pair.values())
+        return {"picture": picture_of([(title, torch.cat([a, b]))
+                                       for (title, a), (_, b) in zip(left, right)])}
 
     def order(self):
         """Order of the codes (not in the paper)"""
-        numbers = {model: [] for model in self.pair}
+        rows, orders = [["", "bits per image under the AR generator", "entropies of the codes, "
+                         "summed", "explained by class and context, %"]], {}
         for model, name in self.pair.items():
-            for seed in self.seeds:
-                ar, path = self.file(f"ar_{name}", seed), self.file(f"{name}_stage2", seed)
-                curves = order_curves(self.bench, ar, path)
-                codes = load_codes(path.with_name(f"codes_{name}"))[0]      # [n, L], of train
-                told = curves["neighbours"] = neighbour_information(codes)
-                bits, alone, error = sum(curves["bits"]), sum(curves["unigram"]), curves["mse"]
-                numbers[model].append({**curves, "means": {
-                    "bits per image under the AR generator": bits,
-                    "entropies of the codes alone, summed": alone,
-                    "of these class and context explain, %": 100 - 100 * bits / (alone or np.nan),
-                    "bits a code tells about the next, mean": np.mean(told),
-                    "error of half the codes / of all": error[len(error) // 2 - 1] / error[-1]}})
-        rows, plots = [["", *numbers]], []
-        for title, x_name, key in (
-                ("Bits per token under the AR generator", "position", "bits"),
-                ("Entropy of the code alone, bits", "position", "unigram"),
-                ("Error by prefix (mean squared)", "first k codes decoded", "mse"),
-                ("Bits a code tells about the next", "position of the first", "neighbours")):
-            curves = {}
-            for model, seeds in numbers.items():
-                values = np.array([seed[key] for seed in seeds])            # [seeds, positions]
-                xs = seeds[0]["lengths"] if key == "mse" else range(1, values.shape[1] + 1)
-                curves[model] = xs, values.mean(0), [half_width(v) or 0.0 for v in values.T]
-            plots.append(line_plot(title, x_name, curves))
-        for title in numbers["TiTok"][0]["means"]:
-            rows.append([title, *(spread([seed["means"][title] for seed in seeds])
-                                  for seeds in numbers.values())])
-        return {"rows": rows, "numbers": numbers, "picture": side_by_side(plots, 2)}
+            seeds = [order_curves(self.bench, *self.ar_pair(name, seed)) for seed in self.seeds]
+            orders[f"{model}, "] = seeds
+            costs = [[*cost_of_codes(curves).values()] for curves in seeds]
+            rows.append([model, *map(spread, zip(*costs))])
+        return {"tables": [rows], "numbers": orders, "picture": two_columns(order_plots(orders))}
 
 
 def publish(paper, name):
     """Print one table or figure, write NAME.md, .json and .png; returns the text."""
     args, bench, method = paper.args, paper.bench, getattr(paper, name)
-    made = {"title": method.__doc__, "seeds": len(paper.seeds),
-            "rows": [], "claims": [], "notes": [], **method()}
-    text, notes = f"### {made['title']}\n\n", made["notes"]
-    notes.append(f"{args.config} size, {bench.test.name}; {machine(bench.device)}; torch "
-                 f"{torch.__version__}.")
-    notes.append("Seed 0." if name == "table3c" or name.startswith("fig") else
-                 f"Seeds: {made['seeds']}. ± half of the 95 % interval (Student's t). All share "
-                 "VQGAN, data and scoring network.")
-    if paper.r in str(made["rows"]):
-        notes.append(f"r: {paper.real.name} and reconstructions, of stage 1 by argmax; g: "
-                     f"{paper.count:,} samples and {paper.real_g.name}. Rounded to bytes.")
-        notes.append(f"FID: Inception of 2015, weights {paper.network.fingerprint}." if paper.fid
-                     else "FD-classifier: a small network trained on the training images; not FID.")
-    if args.config == "toy":
-        notes.append("Other data and size than the paper's: compare which is lower, not values.")
-    if made["rows"]:
-        text += markdown(made["rows"]) + "\n\n"
+    seeds = 1 if name == "table3c" or name.startswith("fig") else len(paper.seeds)
+    made = {"title": method.__doc__, "seeds": seeds, "tables": [], "notes": [], **method()}
+    made["notes"].append(
+        f"{args.config} size, {len(bench.labels):,} images of {bench.test.name}, "
+        f"{len(bench.sample_labels):,} samples; {machine(bench.device)}; torch "
+        f"{torch.__version__}. Seeds: {seeds}, {INTERVAL}.")
+    if paper.r in str(made["tables"]):
+        made["notes"].append("FID by evaluate.py, its protocol in the .json files." if paper.fid
+                             else "FD: Fréchet distance by a small network; not FID. Compare which "
+                             "is lower, not the values.")
+    text = f"### {made['title']}\n\n"
+    for rows in made["tables"]:
+        text += f"{markdown(rows)}\n\n"
     if picture := made.pop("picture", None):
         data.save_picture(picture, args.out / f"{name}.png")
         text += f"![]({name}.png)\n\n"
-    text += "".join(f"- {line}\n" for line in made["claims"] + notes)
+    text += "".join(f"- {line}\n" for line in made["notes"])
     (args.out / f"{name}.md").write_text(text)
     (args.out / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n")
     print(text, flush=True)
     return text
 
 
+# ---- What the seeds of the study show
+
+STAGES = {      # its checkpoint, {score: what the paper claims, or NativeTok minus TiTok there}
+    "stage 1": ("{}", {"psnr": "higher", "psnr_argmax": "higher", "cross_entropy": "lower",
+                       "fd_argmax": None}),
+    "stage 2": ("{}_stage2", {"psnr": "", "fd": 0.36}),
+    **{f"AR, {steps:,} steps": (f"ar{steps}/ar_{{}}", {
+        **{f"fd, guidance {scale:g}": -2.22 for scale in GUIDANCE}, "fd minus rfd": -2.58})
+       for steps in BUDGETS}}
+STAGES["AR, 3,500 steps"][1].update({
+    "bits": "lower", "entropies": "", "explained": "higher", "overlap 1": -22.40,
+    "overlap 2": -24.89, "overlap 3": -25.09, "overlap 4": -19.93})
+
+
+def evidence(args):
+    """Print what the seeds' files show, and draw the figure beside their folder."""
+    seeds = [json.loads(file.read_text()) for file in sorted(args.numbers.glob("seed*.json"))]
+    if not seeds:
+        raise BadInput(f"{args.numbers}: no seed0.json there. Run make evidence")
+    if any(seed["settings"] != seeds[0]["settings"] for seed in seeds):
+        raise BadInput(f"{args.numbers}: the seeds' settings differ. Remove those of one kind")
+
+    def of(model, key):
+        return [seed["scores"][model][key] for seed in seeds]
+
+    print(f"Seeds: {', '.join(str(seed['seed']) for seed in seeds)}, {INTERVAL}; differences seed "
+          "by seed. fd: Fréchet distance to the test images; minus rfd: that of reconstructions; "
+          "bits: of an image under AR; entropies: of its codes, summed; explained: of these by "
+          "class and context, %; overlap m: of the likeliest codes after m changed, %.\n\n"
+          f"{'; '.join(sorted({seed['machine'] for seed in seeds}))}.\n")
+    print(*(f"- {key}: {value}" for key, value in seeds[0]["settings"].items()), sep="\n")
+    for title, one, other, rfid in (        # rfid: the paper's difference after stage 1
+            ("Tables 1, 3a and 6", "NativeTok", "TiTok", -1.80),
+            ("Table 3a", "NativeTok", "TiTok (causal)", -1.76),
+            ("Table 3b", "reuse", "full", -0.04),
+            ("Table 3b", "reuse + fine-tune", "reuse", -0.24)):
+        cells = [["", one, other, "difference", "paper", "verdict"]]
+        for stage, (where, claims) in STAGES.items():
+            ours, theirs = (where.format(STUDY[model]) for model in (one, other))
+            if theirs not in seeds[0]["scores"]:
+                continue
+            for key, paper in claims.items():
+                if key == "fd_argmax":
+                    paper = rfid
+                elif other == "TiTok (causal)" and stage != "stage 1":
+                    paper = ""      # it has no generator for it
+                a, b = of(ours, key), of(theirs, key)
+                cells.append([f"{stage}: {key}", spread(a), spread(b), *difference(a, b, paper)])
+        print(f"\n### {title}: {one} and {other}\n\n{markdown(cells)}")
+    curves = {}
+    for model in ("NativeTok", "TiTok"):
+        gfd = [of(f"ar{steps}/ar_{STUDY[model]}", "fd, guidance 1.5") for steps in BUDGETS]
+        rfd = [of(f"{STUDY[model]}_stage2", "fd")] * len(BUDGETS)           # [budgets, seeds]
+        curves[f"{model}, samples"] = BUDGETS, np.transpose(gfd)
+        curves[f"{model}, reconstructions"] = BUDGETS, np.transpose(rfd)
+    picture = line_plot("Fréchet distance to test images (lower is better)",
+                        "training steps of the AR generator", curves)
+    data.save_picture(picture, args.numbers.parent / "evidence.png")
+
+
+def normal(args):
+    """Print three lines of each log in --numbers, or in a folder of trained models."""
+    keys = "loss", "cross_entropy", "perplexity", "accuracy"
+    rows = [["log", "step", *keys, "PSNR of the mean L2"]]
+    for path in sorted(args.numbers.glob("*.jsonl")):
+        lines = trainer.read_log(path)
+        for line in (lines[0], lines[len(lines) // 2], lines[-1]):
+            psnr = f"{-10 * math.log10(line['l2']):.2f}" if "l2" in line else ""
+            rows.append([path.stem, f"{line['step']:,}",
+                         *(f"{line[key]:.3g}" if key in line else "" for key in keys), psnr])
+    print(markdown(rows))
+
+
 def main():
-    parser = trainer.ArgumentParser(__doc__)
-    parser.set_defaults(overwrite=False, deterministic=False)
+    parser = trainer.command_line(__doc__)
+    commands = {"seed": score_seed, "evidence": evidence, "normal": normal}     # of the study
     add = parser.add_argument
-    add("what", choices=(*NAMES, "paper", *COMMANDS))
-    add("--config", choices=("toy", "full"), help="default: full with CUDA")
-    add("--data", help="as in training")
-    add("--out", help="with seed0, ...; default: out/<config>")
+    add("what", choices=(*NAMES, "paper", *commands))
     add("--seeds", type=int, help="how many; default: all")
-    add("--device", help="cpu or cuda; default: cuda if present")
-    add("--images", type=int, default=10_000, help="FD-classifier: test images")
-    add("--samples", type=int, default=2_500, help="FD-classifier: samples")
-    add("--inception", metavar="FILE", type=Path, help="score by FID; full: always")
-    add("--reference", metavar="PATH", help="of gFID; default: training images")
-    add("--seed", type=int, default=0, help="of the study: which")
+    add("--images", type=int, default=10_000, help="test images to score")
+    add("--samples", type=int, default=2_500, help="samples to score")
     add("--numbers", type=Path, default="assets/paper", help="of the study: its files")
     args = trainer.parse(parser)
-    if args.what in COMMANDS:
-        return COMMANDS[args.what](args)
+    if args.what in commands:
+        return commands[args.what](args)
     paper = Paper(args)
     texts = [publish(paper, name) for name in (NAMES if args.what == "paper" else (args.what,))]
     if args.what == "paper":
         (args.out / "paper.md").write_text("\n".join(texts))
-        print(args.out / "paper.md")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ import json
 import math
 import os
 import platform
-import re
 import string
 import time
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
+import scipy.special
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -36,10 +35,8 @@ import trainer
 from evaluate import (BATCH, codebook_use, feature_statistics, frechet_distance, images_of, psnr,
                       subset, without_border)
 from extras.bench import step_ratio
-from generator import codes_fingerprint, load_pair, open_tokenizer, sample_codes
+from generator import load_pair, open_tokenizer, sample_codes
 from trainer import BadInput
-
-bar = functools.partial(tqdm, leave=False, disable=None)        # shown on a terminal only
 
 
 class FDClassifier(nn.Module):
@@ -78,7 +75,7 @@ def fd_classifier(dataset, path, device="cpu", steps=900, batch_size=128):
     batches = data.batches(dataset, batch_size, seed=2718)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in bar(range(steps), "FD-classifier"):
+    for _ in tqdm(range(steps), "FD-classifier", leave=False, disable=None):
         images, labels = (trainer.to_device(x, torch.device(device)) for x in next(batches))
         logits = model(without_border(images, dataset.border))[1]           # [B, classes]
         loss = F.cross_entropy(logits, labels)
@@ -95,10 +92,9 @@ def fd_classifier(dataset, path, device="cpu", steps=900, batch_size=128):
 class Bench:
     """What all scores share: images, labels, classifier, the test images' statistics."""
     def __init__(self, args, image_size):
-        self.out, self.seed, self.device, self.codes = args.out, args.seed, args.device, {}
+        self.out, self.seed, self.device = args.out, args.seed, args.device
         self.train, self.test = (data.open_dataset(args.data, split, image_size)
                                  for split in ("train", "val"))
-        self.side = image_size - 2 * self.test.border       # pixels of the picture that is scored
         self.indices = subset(self.test, args.images)
         self.labels = torch.from_numpy(self.test.labels[self.indices])      # [n]
         # fewer labels, in the same balance of classes
@@ -128,14 +124,11 @@ class Bench:
         with ThreadPoolExecutor(cores) as pool:
             return list(pool.map(lambda batch: function(*batch), batches))
 
+    @functools.cache
     def encode(self, model):
-        """Codes [n, L] of the test images. Once for stages 1 and 2: only their decoders differ."""
-        key = codes_fingerprint(model)
-        if key not in self.codes:
-            self.codes[key] = torch.cat(self.in_threads(
-                lambda images, _: model.encode(images.to(self.device)).cpu(),
-                self.images(self.test)))
-        return self.codes[key]
+        """Codes [n, L] of the test images."""
+        return torch.cat(self.in_threads(
+            lambda images, _: model.encode(images.to(self.device)).cpu(), self.images(self.test)))
 
     def look(self, batches, decode=lambda images: images):
         """(features [n, F], is the class right [n], dB [n] or [0]) of batches (images [B, 3, H, W],
@@ -168,56 +161,44 @@ class Bench:
         return {**self.score(batches, functools.partial(model.decode_codes, **how)),
                 "perplexity": codebook_use(codes, model.config.codebook_size)[1]}
 
-    def score_samples(self, codes, tokenizer):
-        """score() of codes [samples, L] that were sampled for sample_labels."""
-        batches = zip(codes.split(BATCH), self.sample_labels.split(BATCH))
-        return self.score(batches, tokenizer.decode_codes)
+    def score_samples(self, generator, tokenizer, **changes):
+        """score() of what a generator samples for sample_labels. changes: of its config."""
+        codes = sample_codes(generator, self.sample_labels, self.seed, **changes)   # [samples, L]
+        return self.score(zip(codes.split(BATCH), self.sample_labels.split(BATCH)),
+                          tokenizer.decode_codes)
 
 
 def measure(bench, files):
-    """({title: scores}, {picture: its rows}) of the stages that exist and of images to compare
+    """({title: scores}, {picture: its rows}) of the stages that exist, and of images to compare
     with. Saves the pictures."""
-    scores, images = {}, bench.examples()                                   # [10, 3, H, W]
-    scores["test images"] = {"accuracy": bench.score(bench.images(bench.test))["accuracy"]}
-    scores["as many training images"] = {"fd": bench.score(bench.images(bench.train))["fd"]}
-    rows = [("original", images)]
+    images = bench.examples()                                               # [10, 3, H, W]
+    scores = {"test images": {"accuracy": bench.score(bench.images(bench.test))["accuracy"]},
+              "as many training images": {"fd": bench.score(bench.images(bench.train))["fd"]}}
+    pictures = {"reconstructions": [("original", images)]}
     for title, stage, how in (("VQGAN", "vqgan", {}), ("stage 1, soft", "stage1", {}),
                               ("stage 1, argmax", "stage1", {"hard": True}),
                               ("stage 2", "stage2", {})):
         if files[stage].exists():
             model = open_tokenizer(files[stage], bench.device)
             scores[title] = bench.score_reconstructions(model, **how)
-            rows.append((title, model.decode_codes(model.encode(images), **how)))
-    data.save_picture(picture_of(rows, 84 // bench.side), bench.out / "reconstructions.png")
-    pictures = {"reconstructions": rows}
-    there = [stage for stage in ("ar", "maskgit") if files[stage].exists() and "stage 2" in scores]
-    pairs = [load_pair(files[stage], files["stage2"], bench.device) for stage in there]
-    drawn = bench.in_threads(                                               # [samples, L] each
-        lambda generator, _: sample_codes(generator, bench.sample_labels, bench.seed), pairs)
-    for stage, (generator, tokenizer), codes in zip(there, pairs, drawn):
-        scores[{"ar": "AR samples", "maskgit": "MaskGIT samples"}[stage]] = {
-            **bench.score_samples(codes, tokenizer),
-            "guidance_scale": generator.config.guidance_scale}
-        pictures[stage] = rows = sample_rows(bench, codes, tokenizer)
-        data.save_picture(picture_of(rows, 64 // bench.side), bench.out / f"samples_{stage}.png")
+            decoded = model.decode_codes(model.encode(images), **how)
+            pictures["reconstructions"].append((title, decoded))
+    for title, stage in (("AR samples", "ar"), ("MaskGIT samples", "maskgit")):
+        if files[stage].exists() and files["stage2"].exists():
+            generator, tokenizer = load_pair(files[stage], files["stage2"], bench.device)
+            scores[title] = {**bench.score_samples(generator, tokenizer),
+                             "guidance_scale": generator.config.guidance_scale}
+            pictures[f"samples_{stage}"] = sample_rows(bench, generator, tokenizer)
+    for name, rows in pictures.items():
+        data.save_picture(picture_of(rows), bench.out / f"{name}.png")
     return scores, pictures
 
 
-def prefixes(model, path, images):
-    """Rows for k = 0 .. L: images [n, 3, H, W], decoded from their first k codes."""
-    tokenizer = open_tokenizer(path, images.device)
-    codes = tokenizer.encode(images)                                        # [n, L]
-    tokens = codes.shape[1]
-    return [(f"{model}, {k} of {tokens}", tokenizer.decode_codes(codes[:, :k]))
-            for k in range(tokens + 1)]
-
-
-def order_curves(bench, ar_path, tokenizer_path):
+def order_curves(bench, ar, tokenizer):
     """Do the codes of the test images have an order? bits: mean -log2 p(code_i | class, codes
     before) under the AR generator; unigram: entropy of code_i alone; mse: of the first `lengths`
     codes decoded, of 250 images."""
-    ar, tokenizer = load_pair(ar_path, tokenizer_path, bench.device)
-    codes, bits = bench.encode(tokenizer), []                               # [n, L]
+    codes, bits, errors = bench.encode(tokenizer), [], []                   # [n, L]
     for batch, labels in zip(codes.split(BATCH), bench.labels.split(BATCH)):
         batch, labels = batch.to(bench.device), labels.to(bench.device)
         logits = ar(batch, labels).float()      # [B, L, K]; at position i after codes[:, :i]
@@ -226,25 +207,23 @@ def order_curves(bench, ar_path, tokenizer_path):
     unigram = [math.log2(codebook_use(column, ar.config.codebook_size)[1]) for column in codes.T]
     tokens = codes.shape[1]
     lengths = sorted({round(k) for k in np.linspace(1, tokens, min(tokens, 32))})
-
-    def errors_of(images, _):
+    for images, _ in images_of(bench.test, min(250, len(codes))):
         images = images.to(bench.device)
         batch = tokenizer.encode(images)                                    # [B, L]
         error = torch.stack([tokenizer.decode_codes(batch[:, :k]) - images for k in lengths])
         error = without_border(error, bench.test.border)                    # [lengths, B, 3, H, W]
-        return error.square().mean((2, 3, 4)).cpu()
-
-    errors = bench.in_threads(errors_of, images_of(bench.test, min(250, len(codes))))
+        errors.append(error.square().mean((2, 3, 4)).cpu())
     return {"bits": torch.cat(bits).mean(0).tolist(), "unigram": unigram, "lengths": lengths,
             "mse": torch.cat(errors, 1).mean(1).tolist()}
 
 
 # ---- Pictures
 
-def picture_of(rows, scale):
+def picture_of(rows, scale=None):
     """[(name, images [n, 3, H, W]), ...] -> a picture with one named row each."""
     names, images = zip(*rows)
-    grid = data.picture_grid(torch.cat(images), len(images[0]), max(1, scale))
+    scale = scale or max(1, 96 // images[0].shape[-1])
+    grid = data.picture_grid(torch.cat(images), len(images[0]), scale)
     font = ImageFont.load_default(14)
     margin = int(max(map(font.getlength, names))) + 14
     picture = Image.new("RGB", (grid.width + margin, grid.height), "white")
@@ -255,70 +234,51 @@ def picture_of(rows, scale):
     return picture
 
 
-def sample_rows(bench, codes, tokenizer):
-    """codes [samples, L] of bench.sample_labels -> one row per class, at most 20."""
+def sample_rows(bench, generator, tokenizer):
+    """Ten samples of each class, at most 20 classes, as rows for picture_of."""
     labels = bench.sample_labels.unique()[:20]
-    by_class = [codes[bench.sample_labels == label].to(bench.device) for label in labels]
-    columns = min(10, *map(len, by_class))
-    return [(bench.test.classes[label], tokenizer.decode_codes(codes[:columns]))
-            for label, codes in zip(labels, by_class)]
+    codes = sample_codes(generator, labels.repeat_interleave(10), bench.seed)      # [10 rows, L]
+    images = tokenizer.decode_codes(codes.to(bench.device)).split(10)
+    return [(bench.test.classes[label], row) for label, row in zip(labels, images)]
 
 
-def samples_grid(bench, codes, tokenizer):
-    return picture_of(sample_rows(bench, codes, tokenizer), 64 // bench.side)
-
-
-def side_by_side(pictures, columns):
-    """PIL images of one size as one, row by row."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (width * min(columns, len(pictures)), height * rows), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    return sheet
-
-
-def line_plot(title, x_name, curves, levels=None):
-    """{name: (xs, ys) or (xs, ys, half widths of intervals)} -> a PIL image. Needs matplotlib.
-    levels: {name: y} of dotted lines, in the colors of the curves; then both axes are logarithmic.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg         # optional; needs no screen
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+def line_plot(title, x_name, curves):
+    """{name: (xs [n], ys [n], or [seeds, n] with the 95 % interval as a band)} -> a PIL image.
+    Needs matplotlib."""
+    from matplotlib.figure import Figure        # optional
     figure = Figure((5.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    for name, (xs, ys, *half) in curves.items():
-        line, = axes.plot(xs, ys, marker="o" if len(xs) <= 40 else None, markersize=3, label=name)
-        for width in half:
-            axes.fill_between(xs, np.subtract(ys, width), np.add(ys, width), alpha=0.2,
-                              color=line.get_color(), linewidth=0)
-    if levels:
-        for line, (name, level) in zip(axes.get_lines(), levels.items()):
-            axes.axhline(level, color=line.get_color(), linestyle=":", label=name)
-        axes.set(xscale="log", yscale="log", xticks=xs, xticklabels=xs)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
+    for name, (xs, ys) in curves.items():
+        seeds = np.atleast_2d(ys)                                           # [seeds, n]
+        mean = seeds.mean(0)
+        line, = axes.plot(xs, mean, marker="o" if len(xs) <= 40 else None, markersize=3, label=name)
+        if len(seeds) > 1:
+            half = half_width(seeds)                                        # [n]
+            axes.fill_between(xs, mean - half, mean + half, alpha=0.2, color=line.get_color())
     axes.set(title=title, xlabel=x_name)
     axes.grid(alpha=0.3)
     axes.legend()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file).convert("RGB")
 
 
-def curves_of(order, logs):
-    """Pictures of the curves: two of the codes' order, then the loss of each stage."""
-    positions = range(1, len(order["bits"]) + 1)
-    bits = {"AR generator": (positions, order["bits"]),
-            "entropy of the code alone": (positions, order["unigram"])}
-    plots = [line_plot("Bits per token", "position in the sequence", bits),
-             line_plot("Mean squared error", "first k codes decoded",
-                       {"stage 2": (order["lengths"], order["mse"])})]
-    for stage, log in logs.items():
-        loss = [line["step"] for line in log], [line["loss"] for line in log]
-        plots.append(line_plot("Training loss", "step", {stage: loss}))
-    return plots
+def order_plots(orders):
+    """{name: [order_curves() of a seed, ...]} -> two plots."""
+    bits, errors = {}, {}
+    for name, seeds in orders.items():
+        positions = range(1, len(seeds[0]["bits"]) + 1)
+        bits[f"{name}AR generator"] = positions, [seed["bits"] for seed in seeds]
+        bits[f"{name}entropy of the code alone"] = positions, [seed["unigram"] for seed in seeds]
+        errors[f"{name}stage 2"] = seeds[0]["lengths"], [seed["mse"] for seed in seeds]
+    return [line_plot("Bits per token", "position in the sequence", bits),
+            line_plot("Mean squared error", "first k codes decoded", errors)]
+
+
+def two_columns(pictures):
+    """An even number of PIL images of one size as one."""
+    rows = [np.hstack(pair) for pair in zip(pictures[::2], pictures[1::2])]
+    return Image.fromarray(np.vstack(rows))
 
 
 # ---- The report
@@ -351,7 +311,7 @@ $originals
 <script>
 const slider = document.querySelector("input"), rows = document.querySelectorAll("#prefixes .row")
 slider.oninput = () => rows.forEach((row, i) =>
-    row.style.display = i % ($tokens + 1) == slider.value ? "" : "none")
+    row.style.display = i == slider.value ? "" : "none")
 slider.oninput()
 </script>
 <h2>Scores</h2>
@@ -361,9 +321,9 @@ slider.oninput()
 <h2>Reconstructions</h2>
 $reconstructions
 <h2>Samples of the AR generator</h2>
-$ar
+$samples_ar
 <h2>Samples of MaskGIT</h2>
-$maskgit
+$samples_maskgit
 <h2>Curves</h2>
 <p>Bits: what a code costs. Error: a steep start says that early codes carry most. Stage 2's loss
 has an adversarial part and need not fall.</p>
@@ -396,6 +356,19 @@ def markdown(rows):
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def half_width(values):
+    """Half of the 95 % interval of the mean by Student's t, of one value per seed or of arrays
+    [seeds, ...]; None of a single seed."""
+    if (n := len(values)) > 1:
+        return scipy.special.stdtrit(n - 1, 0.975) * np.std(values, 0, ddof=1) / math.sqrt(n)
+
+
+def spread(values, form=".2f"):
+    """One value per seed -> "mean ± half_width"; of one seed the value alone."""
+    half = half_width(values)
+    return f"{np.mean(values):{form}}" + ("" if half is None else f" ± {half:.2f}")
+
+
 def table(bench, scores):
     """(rows of texts, what they were measured on)."""
     forms = {"psnr": ("PSNR, dB", ".2f"), "accuracy": ("accuracy", ".3f"), "fd": ("FD", ".2f"),
@@ -411,57 +384,55 @@ embeddings averaged by probability; argmax: the most probable."""
 
 
 def machine(device):
-    """The GPU, or the CPU and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return f"{name[1] if name else platform.machine()}, threads: {torch.get_num_threads()}"
+    return (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"{platform.machine()}, threads: {torch.get_num_threads()}")
 
 
 def report(args, bench, files, seed):
     """Measure, write report.html, scores.json, curves.json and the pictures, print the table."""
     started, images = time.perf_counter(), bench.examples()                 # [10, 3, H, W]
     scores, pictures = measure(bench, files)
-    order = order_curves(bench, files["ar"], files["stage2"])
-    ratio = step_ratio(files["stage1"], bench.device)
-    originals, rows = [("original", images)], prefixes("NativeTok", files["stage2"], images)
-    tokens = len(rows) - 1
-    powers = [rows[2 ** i] for i in range(tokens.bit_length())]         # 1, 2, 4, ... codes
-    data.save_picture(picture_of(originals + powers, 84 // bench.side), args.out / "prefixes.png")
-    titok = args.out / f"titok_{tokens}_stage2.pt"
-    if titok.exists():
-        rows += prefixes("TiTok", titok, images)
+    ar, tokenizer = load_pair(files["ar"], files["stage2"], bench.device)
+    order, ratio = order_curves(bench, ar, tokenizer), step_ratio(files["stage1"], bench.device)
+    codes = tokenizer.encode(images)                                        # [10, L]
+    tokens = codes.shape[1]
+    prefixes = [(f"NativeTok, {k} of {tokens}", tokenizer.decode_codes(codes[:, :k]))
+                for k in range(tokens + 1)]
+    originals = [("original", images)]
+    powers = [prefixes[2 ** i] for i in range(tokens.bit_length())]     # 1, 2, 4, ... codes
+    data.save_picture(picture_of(originals + powers), args.out / "prefixes.png")
     settings = trainer.load_checkpoint(files["stage1"], "tokenizer", "python hnt.py")["settings"]
-    stages = list(files)
+    logs = {stage: trainer.read_log(path.with_suffix(".jsonl")) for stage, path in files.items()}
     if reused := settings.get("reused"):        # grown by hnt.py from a shorter one
-        stages.insert(2, "hnt")
-        files = {**files, "stage1": args.out / f"nativetok_{reused}.pt", "hnt": files["stage1"]}
-    logs = {stage: trainer.read_log(files[stage].with_suffix(".jsonl")) for stage in stages}
+        shorter = trainer.read_log(args.out / f"nativetok_{reused}.jsonl")
+        logs = {"vqgan": logs.pop("vqgan"), "stage1": shorter, "hnt": logs.pop("stage1"), **logs}
     seconds = {stage: round(log[-1]["seconds"], 1) for stage, log in logs.items() if log}
     seconds["evaluate"] = round(time.perf_counter() - started, 1)
-    curves = []
+    plots = []
     if importlib.util.find_spec("matplotlib"):
-        curves = curves_of(order, logs)
-        data.save_picture(side_by_side(curves[:2], 2), args.out / "order.png")
+        plots = order_plots({"": [order]})
+        data.save_picture(two_columns(plots), args.out / "order.png")
+        for stage, log in logs.items():
+            loss = [line["step"] for line in log], [line["loss"] for line in log]
+            plots.append(line_plot("Training loss", "step", {stage: loss}))
     else:
         print("matplotlib is missing: no curves (pip install matplotlib)")
 
     test, size, (cells, note) = bench.test, bench.test.image_size, table(bench, scores)
     page = PAGE.substitute(
-        {name: rows_of(named) for name, named in pictures.items()},
+        {name: rows_of(rows) for name, rows in pictures.items()},
         title=f"NativeTok, {args.config}", size=64 if size <= 64 else 128, tokens=tokens,
         about=f"""{html.escape(test.name + test.note)}: {len(bench.train):,} training and
 {len(test):,} test images, {size}x{size}. {machine(bench.device)}; torch {torch.__version__};
 seed {seed}.<br>
 Seconds: {", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())}.""",
-        originals=rows_of(originals), prefixes=rows_of(rows),
+        originals=rows_of(originals), prefixes=rows_of(prefixes),
         scores="".join(f"\n<tr><td>{'<td>'.join(line)}" for line in cells),
         note=f"""{html.escape(note)}<br>
 Bits per image under the AR generator: {sum(order["bits"]):.1f}; of the codes one by one:
 {sum(order["unigram"]):.1f}.<br>
 Time of a frozen step of HNT: {f"{ratio:.2f} of a full one" if ratio else "not grown"}.""",
-        curves="".join(map(inline, curves)))
+        curves="".join(map(inline, plots)))
     three = ("psnr", "accuracy", "fd")
     argmax = {f"{key}_argmax": scores["stage 1, argmax"][key] for key in three}
     numbers = {"data": test.name, "seed": seed, "seconds": seconds, "vqgan": scores["VQGAN"],
@@ -486,17 +457,15 @@ def main():
     args = trainer.parse(parser)
     tokens = args.tokens or (16 if args.config == "toy" else 32)
     name = f"nativetok_{tokens}"
-    files, missing = {}, []
+    files = {}
     for stage, file, command in (
             ("vqgan", "vqgan", "vqgan.py"), ("stage1", name, f"hnt.py --tokens {tokens}"),
             ("stage2", f"{name}_stage2", f"tokenizer.py --stage 2 --tokens {tokens}"),
             ("ar", f"ar_{name}", f"generator.py --mode ar --tokens {tokens}"),
             ("maskgit", f"maskgit_{name}", f"generator.py --mode maskgit --tokens {tokens}")):
         files[stage] = args.out / f"{file}.pt"
-        if not files[stage].exists():
-            missing.append(f"{files[stage]}: not found. Train it first: python {command}")
-    if missing and (args.what == "report" or not files["vqgan"].exists()):
-        raise BadInput(missing[0])
+        if not files[stage].exists() and (args.what == "report" or stage == "vqgan"):
+            raise BadInput(f"{files[stage]}: not found. Train it first: python {command}")
     if args.device.type == "cpu":
         torch.set_num_threads(1)        # Bench has threads of its own
     vqgan = trainer.load_checkpoint(files["vqgan"], "vqgan", "python vqgan.py")
@@ -507,7 +476,7 @@ def main():
         report(args, bench, files, vqgan["settings"].get("seed"))
     else:
         cells, note = table(bench, measure(bench, files)[0])
-        print("\n".join([markdown(cells), "", note, *missing]))
+        print(f"{markdown(cells)}\n\n{note}")
 
 
 if __name__ == "__main__":
