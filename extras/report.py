@@ -17,10 +17,12 @@ import json
 import math
 import os
 import platform
+import re
 import string
 import time
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import scipy.special
@@ -35,7 +37,7 @@ import trainer
 from evaluate import (BATCH, codebook_use, feature_statistics, frechet_distance, images_of, psnr,
                       subset, without_border)
 from extras.bench import step_ratio
-from generator import load_pair, open_tokenizer, sample_codes
+from generator import codes_fingerprint, load_pair, open_tokenizer, sample_codes
 from trainer import BadInput
 
 
@@ -92,7 +94,7 @@ def fd_classifier(dataset, path, device="cpu", steps=900, batch_size=128):
 class Bench:
     """What all scores share: images, labels, classifier, the test images' statistics."""
     def __init__(self, args, image_size):
-        self.out, self.seed, self.device = args.out, args.seed, args.device
+        self.out, self.seed, self.device, self.codes = args.out, args.seed, args.device, {}
         self.train, self.test = (data.open_dataset(args.data, split, image_size)
                                  for split in ("train", "val"))
         self.indices = subset(self.test, args.images)
@@ -124,11 +126,14 @@ class Bench:
         with ThreadPoolExecutor(cores) as pool:
             return list(pool.map(lambda batch: function(*batch), batches))
 
-    @functools.cache
     def encode(self, model):
-        """Codes [n, L] of the test images."""
-        return torch.cat(self.in_threads(
-            lambda images, _: model.encode(images.to(self.device)).cpu(), self.images(self.test)))
+        """Codes [n, L] of the test images. Once for stages 1 and 2: only their decoders differ."""
+        key = codes_fingerprint(model)
+        if key not in self.codes:
+            self.codes[key] = torch.cat(self.in_threads(
+                lambda images, _: model.encode(images.to(self.device)).cpu(),
+                self.images(self.test)))
+        return self.codes[key]
 
     def look(self, batches, decode=lambda images: images):
         """(features [n, F], is the class right [n], dB [n] or [0]) of batches (images [B, 3, H, W],
@@ -183,12 +188,17 @@ def measure(bench, files):
             scores[title] = bench.score_reconstructions(model, **how)
             decoded = model.decode_codes(model.encode(images), **how)
             pictures["reconstructions"].append((title, decoded))
-    for title, stage in (("AR samples", "ar"), ("MaskGIT samples", "maskgit")):
-        if files[stage].exists() and files["stage2"].exists():
-            generator, tokenizer = load_pair(files[stage], files["stage2"], bench.device)
-            scores[title] = {**bench.score_samples(generator, tokenizer),
-                             "guidance_scale": generator.config.guidance_scale}
-            pictures[f"samples_{stage}"] = sample_rows(bench, generator, tokenizer)
+
+    def score(title, stage):
+        generator, tokenizer = load_pair(files[stage], files["stage2"], bench.device)
+        scored = {**bench.score_samples(generator, tokenizer),
+                  "guidance_scale": generator.config.guidance_scale}
+        return title, scored, f"samples_{stage}", sample_rows(bench, generator, tokenizer)
+
+    modes = (("AR samples", "ar"), ("MaskGIT samples", "maskgit"))
+    there = [mode for mode in modes if files[mode[1]].exists() and files["stage2"].exists()]
+    for title, scored, name, rows in bench.in_threads(score, there):        # side by side
+        scores[title], pictures[name] = scored, rows
     for name, rows in pictures.items():
         data.save_picture(picture_of(rows), bench.out / f"{name}.png")
     return scores, pictures
@@ -242,8 +252,9 @@ def sample_rows(bench, generator, tokenizer):
     return [(bench.test.classes[label], row) for label, row in zip(labels, images)]
 
 
-def line_plot(title, x_name, curves):
+def line_plot(title, x_name, curves, levels=None):
     """{name: (xs [n], ys [n], or [seeds, n] with the 95 % interval as a band)} -> a PIL image.
+    levels: {name: y} of dotted lines, in the colors of the curves; then both axes are logarithmic.
     Needs matplotlib."""
     from matplotlib.figure import Figure        # optional
     figure = Figure((5.2, 3.2), layout="constrained")
@@ -255,8 +266,13 @@ def line_plot(title, x_name, curves):
         if len(seeds) > 1:
             half = half_width(seeds)                                        # [n]
             axes.fill_between(xs, mean - half, mean + half, alpha=0.2, color=line.get_color())
+    for number, (name, y) in enumerate((levels or {}).items()):
+        axes.axhline(y, linestyle=":", color=f"C{number}", label=name)
+    if levels:
+        axes.loglog()
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set(title=title, xlabel=x_name)
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, which="both" if levels else "major")
     axes.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png")
@@ -384,8 +400,12 @@ embeddings averaged by probability; argmax: the most probable."""
 
 
 def machine(device):
-    return (torch.cuda.get_device_name(device) if device.type == "cuda" else
-            f"{platform.machine()}, threads: {torch.get_num_threads()}")
+    """The GPU, or the CPU and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{name[1] if name else platform.machine()}, threads: {torch.get_num_threads()}"
 
 
 def report(args, bench, files, seed):
