@@ -7,9 +7,9 @@
     python d2it.py --sample 64 --classes 3,bag      # class -> grain map -> codes -> image
     python d2it.py --params                         # sizes, beside the paper's
 
-The idea (arXiv 2504.09454): a smooth region is coarse, one code, and a detailed one is fine, 2 x 2
-codes. The grain map says which is which. In training it is computed from the image: a region is
-fine if the entropy of its grey values is above a threshold. In sampling a transformer draws it.
+A smooth region of an image is coarse, one code; a detailed one is fine, 2 x 2 codes. The grain map
+says which. In training a region is fine if the entropy of its grey values is above a threshold; in
+sampling a transformer draws the map.
 
     image -> entropy of each region -> grain map, without a network
     image -> encoder -> per region 1 coarse and 2 x 2 fine codes; the map takes one of the two
@@ -17,11 +17,9 @@ fine if the entropy of its grey values is above a threshold. In sampling a trans
     class -> grain map, by unmasking                              2: Dynamic Grain Transformer
     class, map, noise -> codes, by diffusion                      3: Dynamic Content Transformer
 
-A code is a vector of C real numbers. To keep tensors regular, a coarse region's code is copied to
-its four places of the fine grid. It still is one code: one draw of noise, counted once in the loss.
-
-Only the paper's abstract, tables and captions could be read: "paper" marks what these say, "our
-choice" what they do not (all choices: docs/d2it.md).
+A coarse region's code, a vector of C numbers, is copied to its four places of the fine grid. It
+still is one code: one draw of noise, counted once in the loss. Only abstract, tables and captions
+of the paper (arXiv 2504.09454) could be read: "paper" marks what they say. See docs/d2it.md.
 
 Letters: B batch, H W pixels, G side of the grain map, N = G*G regions, S = H/G side of a region in
 pixels, C channels of a code, D width, h heads, T length of a sequence, M most fine regions in an
@@ -59,9 +57,7 @@ class DVAEConfig:
     norm_groups: int = 32           # of GroupNorm
     latent_channels: int = 4        # C
     sigma: float = 0.01             # of the entropy's kernel, for grey values in [0, 1]
-    l2_weight: float = 0.0          # beside 1 for L1
     perceptual: Literal["small", "convnext", "none"] = "convnext"   # network of the perceptual loss
-    perceptual_weight: float = 0.1  # of its loss
     kl_weight: float = 1.3e-8       # of the KL divergence, a mean; LDM: 1e-6 where all are sums
     other_maps: float = 0.0         # share of images that train all fine, all coarse or at random
 
@@ -81,8 +77,6 @@ class TransformerConfig:
     grid: int = 16                  # G, from the DVAE
     latent_channels: int = 4        # C, from the DVAE
     num_classes: int = 1000         # from the data
-    rough_weight: float = 0.25      # of the rough prediction's own loss
-    class_dropout: float = 0.1      # share of images without a class in training (DiT)
     sampler: Literal["ddim", "ddpm"] = "ddim"   # of sampling
     sampling_steps: int = 50        # of the 1000
     guidance_scale: float = 1.5     # 1: none
@@ -94,15 +88,15 @@ def entropy(regions, sigma):
     """Grey values of regions [B, N, S*S] in [0, 1] -> their entropy [B, N], in nats.
 
     Paper, equations 2 and 3: a kernel density of the S*S values at S*S bins, and its Shannon
-    entropy. Our choice: bins reach 4 sigma beyond black and white, or regions of these would lose
-    half of their kernel; values are rounded to 8 bits, so that a histogram times a table will do.
+    entropy. Our choice: bins reach 4 sigma beyond black and white, which else would lose half of
+    their kernel; values are rounded to 8 bits, so that a histogram times a table will do.
     """
-    levels = (regions * 255).round().long()                                     # [B, N, S*S]
-    counts = torch.zeros(*levels.shape[:2], 256, device=levels.device)          # [B, N, 256]
+    levels = (regions * 255).round().long()                 # [B, N, S*S]
+    counts = torch.zeros(*levels.shape[:2], 256, device=levels.device)  # [B, N, 256]
     counts.scatter_add_(2, levels, torch.ones_like(regions))
-    level = torch.linspace(0, 1, 256, device=levels.device)[:, None]            # [256, 1]
+    level = torch.linspace(0, 1, 256, device=levels.device)[:, None]  # [256, 1]
     bins = torch.linspace(-4 * sigma, 1 + 4 * sigma, levels.shape[2], device=levels.device)
-    density = counts @ torch.exp(-0.5 * ((level - bins) / sigma) ** 2)          # [B, N, S*S]
+    density = counts @ torch.exp(-0.5 * ((level - bins) / sigma) ** 2)  # [B, N, S*S]
     p = density / density.sum(-1, keepdim=True)
     return -(p * p.clamp_min(1e-40).log()).sum(-1)
 
@@ -113,15 +107,14 @@ def to_fine_grid(x):
 
 
 def combine(fine, coarse, grain_map):
-    """Fine [B, C, 2G, 2G] where the map [B, G, G] is True, copies of coarse [B, C, G, G] elsewhere
-    (paper: neighbour copying) -> [B, C, 2G, 2G]."""
+    """Fine [B, C, 2G, 2G] where the map is True, else copies of coarse [B, C, G, G] (paper:
+    neighbour copying)."""
     return torch.where(to_fine_grid(grain_map)[:, None], fine, to_fine_grid(coarse))
 
 
 def per_code_mean(values, grain_map):
-    """values [B, C, 2G, 2G] -> [B]: the mean over an image's N_coarse + 4 N_fine codes. Each of the
-    four copies of a coarse one weighs 1/4."""
-    weights = torch.where(to_fine_grid(grain_map), 1.0, 0.25)               # [B, 2G, 2G]
+    """values [B, C, 2G, 2G] -> [B], means over codes. Each copy of a coarse one weighs 1/4."""
+    weights = torch.where(to_fine_grid(grain_map), 1.0, 0.25)  # [B, 2G, 2G]
     return (values.mean(1) * weights).sum((1, 2)) / weights.sum((1, 2))
 
 
@@ -129,7 +122,7 @@ def per_code_mean(values, grain_map):
 
 class DVAE(nn.Module):
     """One chain of convolutions with two heads, the fine one before the last halving, and one
-    decoder, which starts from the fine grid. No attention, where DQ-VAE has some (our choice)."""
+    decoder, which starts from the fine grid and sees the map (our choice)."""
     def __init__(self, config):
         super().__init__()
         self.config, widths, pixel = config, config.widths, 3 * config.stem ** 2
@@ -150,20 +143,19 @@ class DVAE(nn.Module):
         self.from_codes = nn.Conv2d(C + 1, fine, 3, padding=1)
         self.up = chain(widths[-2::-1])
         self.pixel_head = head(widths[0], pixel)
-        self.register_buffer("threshold", torch.zeros(()))      # above it a region is fine
+        self.register_buffer("threshold", torch.zeros(()))  # above it a region is fine
         self.register_buffer("latent_std", torch.ones(2, 1, 1, 1))  # of fine and coarse codes
 
     def complexity(self, images):
         """Images [B, 3, H, W] -> what the threshold is for, [B, G, G]."""
         c, weights = self.config, images.new_tensor([0.299, 0.587, 0.114])
         S, grey = c.image_size // c.grid, (images * weights[:, None, None]).sum(1, keepdim=True)
-        regions = F.unfold(grey, S, stride=S).transpose(1, 2)               # [B, N, S*S]
-        scores = regions.var(2) if c.grain == "variance" else entropy(regions, c.sigma)     # [B, N]
+        regions = F.unfold(grey, S, stride=S).transpose(1, 2)  # [B, N, S*S]
+        scores = regions.var(2) if c.grain == "variance" else entropy(regions, c.sigma)  # [B, N]
         return scores.unflatten(1, (c.grid, c.grid))
 
     def set_threshold(self, images):
-        """The percentile that makes fine_share of all regions of these training images fine. The
-        share is the data set's, an image's own may be any (paper)."""
+        """The percentile that makes fine_share of all regions of these images fine (paper)."""
         scores = torch.cat([self.complexity(batch).flatten() for batch in images.split(64)])
         self.threshold.copy_(torch.quantile(scores, 1 - self.config.fine_share))
 
@@ -176,8 +168,7 @@ class DVAE(nn.Module):
         return scores > {"fine": -math.inf, "coarse": math.inf}.get(c.grain, self.threshold)
 
     def moments(self, images):
-        """Images [B, 3, H, W] -> mean and log-variance of fine codes [B, 2C, 2G, 2G], of coarse
-        ones [B, 2C, G, G]."""
+        """Images -> mean, log-variance of fine [B, 2C, 2G, 2G] and coarse codes [B, 2C, G, G]."""
         x = self.conv_in(F.pixel_unshuffle(images * 2 - 1, self.config.stem))
         for i, level in enumerate(self.down):
             before, x = x, level(x if i == 0 else F.avg_pool2d(x, 2))  # [B, widths[i], ..]
@@ -185,23 +176,21 @@ class DVAE(nn.Module):
 
     def encode(self, images, grain_map=None):
         """Images [B, 3, H, W] -> latents z [B, C, 2G, 2G], the means, each grain scaled to unit
-        variance (our choice: one number for both would be LDM's); and the map [B, G, G]."""
+        variance (our choice); and the map [B, G, G]."""
         grain_map = self.grain_map(images) if grain_map is None else grain_map
         means = (moments.chunk(2, dim=1)[0] for moments in self.moments(images))
         fine, coarse = (mean / std for mean, std in zip(means, self.latent_std))
         return combine(fine, coarse, grain_map), grain_map
 
     def set_latent_std(self, images):
-        """Estimate it from training images, at the end of the stage."""
-        self.latent_std.fill_(1)
+        """Estimate it from training images, at the end of the stage; until then it is 1."""
         z, grain_map = map(torch.cat, zip(*map(self.encode, images.split(64))))
         for i, mine in enumerate((grain_map, ~grain_map)):
-            codes = z.movedim(1, -1)[to_fine_grid(mine)]                    # [codes, C]
+            codes = z.movedim(1, -1)[to_fine_grid(mine)]    # [codes, C]
             self.latent_std[i] = codes.square().mean().sqrt()
 
     def decode(self, z, grain_map):
-        """z [B, C, 2G, 2G], map [B, G, G] -> images [B, 3, H, W], not clamped. The map is an input
-        channel (our choice), so that the decoder knows which 2 x 2 places are copies."""
+        """z [B, C, 2G, 2G], map [B, G, G] -> images [B, 3, H, W], not clamped."""
         z = combine(z * self.latent_std[0], z[..., ::2, ::2] * self.latent_std[1], grain_map)
         x = self.from_codes(torch.cat([z, to_fine_grid(grain_map)[:, None].to(z.dtype)], dim=1))
         for i, level in enumerate(self.up):
@@ -209,32 +198,30 @@ class DVAE(nn.Module):
         return F.pixel_shuffle(self.pixel_head(x), self.config.stem) / 2 + 0.5
 
     def forward(self, images, grain_map):
-        """Images [B, 3, H, W], maps [B, G, G] -> reconstruction [B, 3, H, W], mean KL divergence of
-        a code's channel from N(0, 1)."""
+        """Images, maps [B, G, G] -> reconstruction [B, 3, H, W], KL divergence from N(0, 1)."""
         codes, kl = [], []
-        for moments in self.moments(images):            # fine [B, 2C, 2G, 2G], coarse [B, 2C, G, G]
+        for moments in self.moments(images):
             mean, log_var = moments.float().chunk(2, dim=1)
             codes.append(mean + torch.randn_like(mean) * (log_var / 2).exp())
             kl.append((mean.square() + log_var.exp() - 1 - log_var) / 2)
-        z = combine(*codes, grain_map)                  # after the noise, so that copies are equal
+        z = combine(*codes, grain_map)  # after the noise, so that copies are equal
         return self.decode(z, grain_map), per_code_mean(combine(*kl, grain_map), grain_map).mean()
 
 
 def dvae_loss(network, dvae, perceptual, images, labels):
-    """Images [B, 3, H, W] -> loss, its parts. Which losses is our choice; LDM and DQ-VAE add a
-    discriminator. network is dvae, under torchrun wrapped."""
+    """Images [B, 3, H, W] -> loss, its parts (our choice). network: dvae, or its DDP wrapper."""
     c, B, device = dvae.config, len(images), images.device
     # other_maps of the images train all fine, all coarse or at random: one decoder for all maps
     kind = torch.rand(B, 1, 1, device=device) * 3
     random = torch.rand(B, c.grid, c.grid, device=device) < c.fine_share
     others = torch.where(kind < 2, kind < 1, random)
-    grain_map = torch.where(kind % 1 < c.other_maps, others, dvae.grain_map(images))    # [B, G, G]
-    reconstruction, kl = network(images, grain_map)                         # [B, 3, H, W]
+    grain_map = torch.where(kind % 1 < c.other_maps, others, dvae.grain_map(images))  # [B, G, G]
+    reconstruction, kl = network(images, grain_map)         # [B, 3, H, W]
     l1, l2 = F.l1_loss(reconstruction, images), F.mse_loss(reconstruction, images)
-    loss, parts = l1 + c.l2_weight * l2 + c.kl_weight * kl, {"l1": l1, "l2": l2, "kl": kl}
+    loss, parts = l1 + 10 * l2 + c.kl_weight * kl, {"l1": l1, "l2": l2, "kl": kl}
     if perceptual:
         parts["perceptual"] = perceptual.perceptual_loss(reconstruction, images)
-        loss = loss + c.perceptual_weight * parts["perceptual"]
+        loss = loss + 0.1 * parts["perceptual"]
     return loss, parts
 
 
@@ -246,11 +233,10 @@ def modulated(x, shift, scale):
 
 
 class Block(nn.Module):
-    """DiT's block, adaLN-zero: the condition gives shifts, scales and gates. Gates start at 0, so
-    that a block starts as the identity."""
-    def __init__(self, width, heads):
+    """DiT's, adaLN-zero: gates start at 0, so that a block starts as the identity."""
+    def __init__(self, config):
         super().__init__()
-        self.heads = heads
+        self.heads, width = config.heads, config.width
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"),
@@ -259,18 +245,13 @@ class Block(nn.Module):
 
     def forward(self, x, condition, keys=None):
         """x [B, T, D], condition [B, 1, D] -> [B, T, D]. keys bool [B, T]: what is seen, or all."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.modulation(condition).chunk(6, dim=-1))                    # 6 x [B, 1, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for t in self.qkv(modulated(x, shift1, scale1)).chunk(3, dim=-1))
-        mask = None if keys is None else keys[:, None, None]                # [B, 1, 1, T]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # [B, h, T, D/h]
+        mask = None if keys is None else keys[:, None, None]  # [B, 1, 1, T]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, h, T, D/h]
         x = x + gate1 * self.proj(y.transpose(1, 2).flatten(2))
         return x + gate2 * self.mlp(modulated(x, shift2, scale2))
-
-
-def blocks(layers, config):
-    return nn.ModuleList(Block(config.width, config.heads) for _ in range(layers))
 
 
 def initialize(model):
@@ -287,30 +268,28 @@ def initialize(model):
 
 # ---- Stage 2: the Dynamic Grain Transformer
 
-MASK = 2        # a cell that is not drawn yet; coarse is 0, fine is 1
+MASK = 2  # a cell that is not drawn yet; coarse is 0, fine is 1
 
 
 class GrainTransformer(nn.Module):
-    """p(cell | class, the cells that are known), to draw a map cell by cell.
-
-    Paper: cross-entropy on the grain of every region. Our choice: cells are masked at random, as in
-    MaskGIT (2202.04200). From the class alone, cells would be drawn without regard to each other.
-    """
+    """p(cell | class, known cells). Paper: cross-entropy on the grain of every region. Our choice:
+    cells are masked at random, as in MaskGIT (2202.04200); from the class alone they would be drawn
+    without regard to each other."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.cell_embedding = nn.Embedding(3, config.width)
         self.class_embedding = nn.Embedding(config.num_classes, config.width)
         self.position_embedding = nn.Parameter(0.02 * torch.randn(config.grid ** 2, config.width))
-        self.blocks = blocks(config.base_layers, config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.base_layers))
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
         self.head = nn.Linear(config.width, 2)
         initialize(self)
 
     def forward(self, cells, labels):
         """cells int64 [B, N] of 0, 1, MASK, labels [B] -> logits of coarse and fine [B, N, 2]."""
-        condition = self.class_embedding(labels)[:, None]                   # [B, 1, D]
-        x = self.cell_embedding(cells) + self.position_embedding            # [B, N, D]
+        condition = self.class_embedding(labels)[:, None]   # [B, 1, D]
+        x = self.cell_embedding(cells) + self.position_embedding  # [B, N, D]
         for block in self.blocks:
             x = block(x, condition)
         return self.head(modulated(x, *self.final_modulation(condition).chunk(2, dim=-1)))
@@ -319,9 +298,9 @@ class GrainTransformer(nn.Module):
     def generate(self, labels, generator=None):
         """labels [B] -> maps bool [B, G, G]. Cells are drawn one by one, in random order."""
         c, device = self.config, labels.device
-        cells = torch.full((len(labels), c.grid ** 2), MASK, device=device)             # [B, N]
+        cells = torch.full((len(labels), c.grid ** 2), MASK, device=device)  # [B, N]
         order = torch.rand(cells.shape, generator=generator, device=device).argsort(1)  # [B, N]
-        for now in order.split(1, dim=1):                                               # [B, 1]
+        for now in order.split(1, dim=1):                   # [B, 1]
             p = self(cells, labels).softmax(-1)[..., 1].gather(1, now)
             drawn = torch.rand(p.shape, generator=generator, device=device) < p
             cells = cells.scatter(1, now, drawn.long())
@@ -329,14 +308,13 @@ class GrainTransformer(nn.Module):
 
 
 def grain_loss(network, config, dvae, images, labels):
-    """Images [B, 3, H, W], labels [B] -> loss, its parts: cross-entropy of masked cells. Their
-    number is uniform in 1 .. N, so the expected loss is -log p of a cell, in nats, when cells are
-    drawn one by one in random order."""
-    cells = dvae.grain_map(images).flatten(1).long()                        # [B, N]
+    """Images [B, 3, H, W], labels [B] -> loss, its parts: cross-entropy of masked cells. As their
+    number is uniform in 1 .. N, its mean is -log p of a cell when drawn one by one, in nats."""
+    cells = dvae.grain_map(images).flatten(1).long()        # [B, N]
     count = torch.randint(1, cells.shape[1] + 1, (len(cells), 1), device=cells.device)
-    masked = torch.rand(cells.shape, device=cells.device).argsort(1) < count    # [B, N]
-    logits = network(cells.masked_fill(masked, MASK), labels).float()       # [B, N, 2]
-    loss = F.cross_entropy(logits.transpose(1, 2), cells, reduction="none")     # [B, N]
+    masked = torch.rand(cells.shape, device=cells.device).argsort(1) < count  # [B, N]
+    logits = network(cells.masked_fill(masked, MASK), labels).float()  # [B, N, 2]
+    loss = F.cross_entropy(logits.transpose(1, 2), cells, reduction="none")  # [B, N]
     loss = (loss * masked / count).sum(1).mean()
     return loss, {"bits": loss / math.log(2)}
 
@@ -344,8 +322,8 @@ def grain_loss(network, config, dvae, images, labels):
 # ---- Diffusion of codes of two grains (DDPM, 2006.11239)
 
 TIME_STEPS = 1000
-BETAS = torch.linspace(1e-4, 0.02, TIME_STEPS, dtype=torch.float64)         # DiT's
-ALPHA_BARS = torch.cat([torch.cumprod(1 - BETAS, 0), torch.ones(1)])        # at -1, clean: 1
+BETAS = torch.linspace(1e-4, 0.02, TIME_STEPS, dtype=torch.float64)  # DiT's
+ALPHA_BARS = torch.cat([torch.cumprod(1 - BETAS, 0), torch.ones(1)])  # at -1, clean: 1
 
 
 def alpha_bar(t, like):
@@ -354,8 +332,7 @@ def alpha_bar(t, like):
 
 
 def draw_noise(grain_map, channels, generator=None):
-    """Standard normal [B, C, 2G, 2G]: one draw per code, copied in coarse regions. So z_t is
-    constant there at every t, and all codes have the same signal-to-noise ratio: with a draw per
+    """Standard normal [B, C, 2G, 2G]: one draw per code, copied in coarse regions. With a draw per
     place the four copies would average out, and coarse codes would be at another noise level."""
     B, G, _ = grain_map.shape
     noise = torch.randn(B, channels, 2 * G, 2 * G, generator=generator, device=grain_map.device)
@@ -370,19 +347,13 @@ def add_noise(z, t, noise):
 
 # ---- Stage 3: the Dynamic Content Transformer
 
-def to_tokens(z, size):         # [B, C, 2G, 2G] -> [B, T, C * size * size], size codes a side
+def to_tokens(z, size):  # [B, C, 2G, 2G] -> [B, T, C * size * size]
     return F.pixel_unshuffle(z, size).flatten(2).transpose(1, 2)
 
 
-def from_tokens(x, size):       # back
+def from_tokens(x, size):  # back
     side = math.isqrt(x.shape[1])
     return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), size)
-
-
-def fixed_positions(side, width):       # DiT's sines and cosines [side * side, D]
-    angles = torch.arange(side)[:, None] / 10_000 ** (torch.arange(width // 4) / (width // 4))
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)                  # [side, D/2]
-    return torch.cat([waves.repeat(side, 1), waves.repeat_interleave(side, 0)], dim=1)
 
 
 class ContentTransformer(nn.Module):
@@ -390,13 +361,11 @@ class ContentTransformer(nn.Module):
     in fine regions, by refine blocks on one token per fine code.
 
     Paper: DiT blocks, then RefineNet blocks; a routing module; a learnable position embedding. Our
-    choice, which gives the paper's parameter counts: the router is a linear layer that merges the
-    embeddings of a region's four places, and one that expands a region's token to four; refine
-    blocks are DiT blocks, in which all fine codes of an image see each other; the correction is
-    added; both heads share the final norm's modulation.
+    choice, which gives the paper's parameter counts: the router merges the embeddings of a region's
+    four places by a linear layer, and expands its token to four by another; refine blocks are DiT
+    blocks, in which the fine codes of an image see each other; both heads share a modulation.
 
-    The baseline is DiT (2212.09748): DiT blocks on patches of a latent that is fine everywhere, and
-    fixed positions.
+    --baseline is DiT (2212.09748): blocks on patches of codes, all fine, and fixed positions.
     """
     def __init__(self, config):
         super().__init__()
@@ -406,7 +375,10 @@ class ContentTransformer(nn.Module):
         if config.model == "dit":
             outputs = C * config.patch_size ** 2
             self.embed = nn.Linear(outputs, width)
-            positions = fixed_positions(2 * config.grid // config.patch_size, width)
+            side, quarter = 2 * config.grid // config.patch_size, width // 4
+            angles = torch.arange(side)[:, None] / 10_000 ** (torch.arange(quarter) / quarter)
+            waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D/2]
+            positions = torch.cat([waves.repeat(side, 1), waves.repeat_interleave(side, 0)], dim=1)
             self.register_buffer("positions", positions, persistent=False)  # [T, D]
         else:
             outputs = 4 * C
@@ -414,12 +386,12 @@ class ContentTransformer(nn.Module):
             self.position_embedding = nn.Parameter(0.02 * torch.randn(config.grid ** 2, 4, width))
             self.grain_embedding = nn.Embedding(2, width)
             self.merge = nn.Linear(4 * width, width)
-        self.base_blocks = blocks(config.base_layers, config)
+        self.base_blocks = nn.ModuleList(Block(config) for _ in range(config.base_layers))
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.rough_head = nn.Linear(width, outputs)
         if config.refine_layers:
             self.expand = nn.Linear(width, 4 * width)
-            self.refine_blocks = blocks(config.refine_layers, config)
+            self.refine_blocks = nn.ModuleList(Block(config) for _ in range(config.refine_layers))
             self.fine_head = nn.Linear(width, C)
         initialize(self)
 
@@ -427,37 +399,37 @@ class ContentTransformer(nn.Module):
         """z_t [B, C, 2G, 2G], t and labels [B], map [B, G, G], drop_label bool [B]: hides the class
         -> prediction, rough prediction, both [B, C, 2G, 2G] and constant in coarse regions."""
         c = self.config
-        angles = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(128, device=t.device) / 128)
-        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))   # [B, D]
+        scale = math.log(10_000) * torch.arange(128, device=t.device) / 128
+        angles = t[:, None] * torch.exp(-scale)             # [B, 128]
+        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))  # [B, D]
         labels = labels.masked_fill(drop_label, c.num_classes)
-        condition = (time + self.class_embedding(labels))[:, None]          # [B, 1, D]
+        condition = (time + self.class_embedding(labels))[:, None]  # [B, 1, D]
         if c.model == "dit":
-            x = self.embed(to_tokens(z_t, c.patch_size)) + self.positions   # [B, T, D]
+            x = self.embed(to_tokens(z_t, c.patch_size)) + self.positions  # [B, T, D]
         else:
-            is_fine = grain_map.flatten(1)                                  # [B, N]
-            places = to_tokens(z_t, 2).unflatten(2, (-1, 4)).transpose(2, 3)    # [B, N, 4, C]
-            places = self.embed(places) + self.position_embedding           # [B, N, 4, D]
-            x = self.merge(places.flatten(2)) + self.grain_embedding(is_fine.long())    # [B, N, D]
+            is_fine = grain_map.flatten(1)                  # [B, N]
+            places = to_tokens(z_t, 2).unflatten(2, (-1, 4)).transpose(2, 3)  # [B, N, 4, C]
+            places = self.embed(places) + self.position_embedding  # [B, N, 4, D]
+            x = self.merge(places.flatten(2)) + self.grain_embedding(is_fine.long())  # [B, N, D]
         for block in self.base_blocks:
             x = block(x, condition)
         last = self.final_modulation(condition).chunk(2, dim=-1)
         rough = self.rough_head(modulated(x, *last))
         if c.model == "dit":
             return (from_tokens(rough, c.patch_size),) * 2
-        rough = rough.unflatten(2, (4, -1))                                 # [B, N, 4, C]
+        rough = rough.unflatten(2, (4, -1))                 # [B, N, 4, C]
         # a coarse region has one code, so one prediction
         final = rough = torch.where(is_fine[..., None, None], rough, rough.mean(2, keepdim=True))
         if c.refine_layers:
-            # the fine regions of each image first, then padding. M >= 1 also if none is fine, so
-            # that DistributedDataParallel finds every parameter in use
+            # the fine regions of each image first, then padding; M >= 1, or DDP misses parameters
             M = max(1, int(is_fine.sum(1).max()))
             chosen = is_fine.int().argsort(dim=1, descending=True, stable=True)[:, :M]  # [B, M]
-            row = torch.arange(len(x), device=x.device)[:, None]            # [B, 1]
-            real = is_fine[row, chosen]                                     # [B, M], False: padding
+            row = torch.arange(len(x), device=x.device)[:, None]  # [B, 1]
+            real = is_fine[row, chosen]                     # [B, M], False: padding
             tokens = self.expand(x[row, chosen]).unflatten(2, (4, -1)) + places[row, chosen]
-            tokens = tokens.flatten(1, 2)           # [B, M, 4, D] -> [B, 4M, D]
+            tokens = tokens.flatten(1, 2)                   # [B, M, 4, D] -> [B, 4M, D]
             # padding is no key; where no region is fine it sees itself, and its output is dropped
-            keys = (real | ~real.any(1, keepdim=True)).repeat_interleave(4, 1)      # [B, 4M]
+            keys = (real | ~real.any(1, keepdim=True)).repeat_interleave(4, 1)  # [B, 4M]
             for block in self.refine_blocks:
                 tokens = block(tokens, condition, keys)
             tokens = self.fine_head(modulated(tokens, *last)).unflatten(1, (M, 4))  # [B, M, 4, C]
@@ -467,53 +439,49 @@ class ContentTransformer(nn.Module):
 
 
 def content_loss(network, config, dvae, images, labels):
-    """Images [B, 3, H, W], labels [B] -> loss, its parts, at random t. The dynamic grain loss (our
-    choice of its form): squared error of the noise, each code counted once; with all regions fine,
-    DiT's. The same of the rough prediction, with a weight."""
+    """Images [B, 3, H, W], labels [B] -> loss, its parts. The dynamic grain loss (our form of it):
+    squared error of the noise, each code counted once; and a quarter of the rough prediction's."""
     with torch.autocast(images.device.type, enabled=False):
-        z, grain_map = dvae.encode(images)                                  # [B, C, 2G, 2G]
-    t = torch.randint(TIME_STEPS, (len(z),), device=z.device)               # [B]
-    drop_label = torch.rand(len(z), device=z.device) < config.class_dropout
+        z, grain_map = dvae.encode(images)                  # [B, C, 2G, 2G]
+    t = torch.randint(TIME_STEPS, (len(z),), device=z.device)  # [B]
+    drop_label = torch.rand(len(z), device=z.device) < 0.1  # [B] (DiT)
     noise = draw_noise(grain_map, z.shape[1])
-    predictions = network(add_noise(z, t, noise), t, labels, grain_map, drop_label)
-    mse, rough = (per_code_mean((prediction - noise).square(), grain_map).mean()
-                  for prediction in predictions)
-    loss = mse + config.rough_weight * rough if config.refine_layers else mse
+    final, rough = network(add_noise(z, t, noise), t, labels, grain_map, drop_label)
+    mse, rough = (per_code_mean((x - noise).square(), grain_map).mean() for x in (final, rough))
+    loss = mse + 0.25 * rough if config.refine_layers else mse
     return loss, {"mse": mse, "rough": rough}
 
 
 @torch.no_grad()
 def sample_latents(model, labels, grain_map, generator=None, **changes):
-    """labels [B], maps [B, G, G] -> z [B, C, 2G, 2G] for DVAE.decode. changes: of ContentConfig."""
+    """labels [B], maps [B, G, G] -> z [B, C, 2G, 2G]. changes: of the config."""
     c, B = replace(model.config, **changes), len(labels)
-    R = 1 if c.guidance_scale == 1 else 2   # both halves of the guidance are one pass, on one map
-    drop_label = torch.arange(R * B, device=labels.device) >= B             # [R*B]
-    inputs = labels.repeat(R), grain_map.repeat(R, 1, 1), drop_label
+    R = 1 if c.guidance_scale == 1 else 2  # both halves of the guidance are one pass, on one map
+    inputs = labels.repeat(R), grain_map.repeat(R, 1, 1), torch.arange(R * B).to(labels) >= B
     z = draw_noise(grain_map, c.latent_channels, generator)
     steps = torch.linspace(TIME_STEPS - 1, -1, c.sampling_steps + 1).round().long()
-    for t, s in zip(steps, steps[1:]):      # from step t to s; the last s is -1, clean
-        t, s = (step.to(z.device).expand(B) for step in (t, s))             # [B]
+    for t, s in zip(steps, steps[1:]):  # from step t to s; the last s is -1, clean
+        t, s = (step.to(z.device).expand(B) for step in (t, s))  # [B]
         noise, _ = model(z.repeat(R, 1, 1, 1), t.repeat(R), *inputs)
         if R == 2:
             noise, without_class = noise.chunk(2)
             noise = without_class + c.guidance_scale * (noise - without_class)
         a_t, a_s = alpha_bar(t, z), alpha_bar(s, z)
-        estimate = (z - (1 - a_t).sqrt() * noise) / a_t.sqrt()              # of the clean latent
-        if c.sampler == "ddim":             # 2010.02502: no new noise
+        estimate = (z - (1 - a_t).sqrt() * noise) / a_t.sqrt()  # of the clean latent
+        if c.sampler == "ddim":  # 2010.02502: no new noise
             z = add_noise(estimate, s, noise)
-        else:                               # q(z_s | z_t, estimate), DDPM's equation 7
+        else:  # q(z_s | z_t, estimate), DDPM's equation 7
             beta, new = 1 - a_t / a_s, draw_noise(grain_map, c.latent_channels, generator)
             mean = (a_s.sqrt() * beta * estimate + (a_t / a_s).sqrt() * (1 - a_s) * z) / (1 - a_t)
             z = mean + (beta * (1 - a_s) / (1 - a_t)).sqrt() * new
     return z
 
 
-# ---- Sizes
+# ---- Sizes and training: one loop for all stages, which differ in model and loss alone
 
 PRESETS = {
     "dvae_toy": DVAEConfig(image_size=32, widths=(32, 64, 96), stem=2, res_blocks=1, norm_groups=4,
-                           sigma=0.02, l2_weight=10.0, perceptual="none", kl_weight=1e-4,
-                           other_maps=0.5),
+                           sigma=0.02, perceptual="none", kl_weight=1e-4, other_maps=0.5),
     "dvae": DVAEConfig(),
     # width, heads, DiT blocks, refine blocks
     "grain_toy": TransformerConfig("grain", 64, 4, 3),
@@ -526,14 +494,13 @@ PRESETS = {
     "dit_b": TransformerConfig("dit", 768, 12, 12),
     "dit_l": TransformerConfig("dit", 1024, 16, 24),
     "dit_xl": TransformerConfig("dit", 1152, 16, 28)}
-PAPER = {"d2it_l": "467M", "d2it_xl": "687M", "dit_l": "458M", "dit_xl": "675M"}    # parameters
+PAPER = {"d2it_l": "467M", "d2it_xl": "687M", "dit_l": "458M", "dit_xl": "675M"}  # parameters
 TOY = TrainConfig(steps=600, batch_size=32, learning_rate=2e-3, end_learning_rate=1e-4, warmup=50,
                   weight_decay=0.0, ema=0.99, workers=0, log_every=25, save_every=200)
 TOYS = {"dvae": replace(TOY, steps=700, learning_rate=4e-3), "grain": TOY,
         "content": replace(TOY, steps=540)}
-# DiT's recipe; the paper's is not known
 FULL = TrainConfig(steps=400_000, end_learning_rate=1e-4, warmup=0, beta2=0.999, weight_decay=0.0,
-                   ema=0.9999)
+                   ema=0.9999)  # DiT's recipe; the paper's is not known
 CONFIGS = {"dvae": DVAEConfig, "grain": TransformerConfig, "content": TransformerConfig}
 
 
@@ -548,19 +515,13 @@ def print_params():
         with torch.device("meta"):
             model = build(config)
         count = sum(p.numel() for p in model.parameters())
-        if "it_" in name:       # published DiTs predict a variance, too: twice the heads' outputs
+        if "it_" in name:  # published DiTs predict a variance, too: twice the heads' outputs
             count += sum(p.numel() for key, p in model.named_parameters() if "head." in key)
         print(f"{name:10} {count / 1e6:8.2f}M   {PAPER.get(name, '')}")
 
 
-# ---- Training: one loop for all stages, which differ in model and loss alone
-
-SAMPLING = {"sampler", "sampling_steps", "guidance_scale"}      # may change when a run continues
-
-
 def load_stage(path, stage, device="cpu"):
-    """A trained model of a stage: averaged weights, frozen, in eval mode. .classes: their names;
-    .dvae: fingerprint of the DVAE that it was trained with."""
+    """A trained model, frozen, in eval mode. .classes: names; .dvae: fingerprint of its DVAE."""
     saved = trainer.load_checkpoint(path, f"d2it_{stage}", f"python d2it.py --stage {stage}")
     model = trainer.load_model(build, CONFIGS[stage], saved, path)
     model.classes, model.dvae = saved["classes"], saved["settings"].get("dvae")
@@ -574,27 +535,26 @@ def train(args, config, training):
         dvae = load_stage(args.out / "d2it_dvae.pt", "dvae", args.device)
         settings = {"dvae": trainer.fingerprint(dvae)}
         if dvae.latent_std.eq(1).all():
-            raise BadInput(f"{args.out}/d2it_dvae.pt: not trained to its last step. Continue with "
-                           f"python d2it.py --stage dvae --resume")
+            raise BadInput("d2it_dvae.pt: not finished. Run python d2it.py --stage dvae --resume")
     size = (dvae.config if dvae else config).image_size
     train_set = data.open_dataset(args.data, "train", size, augment=True, draft=True)
     if dvae:
         config = replace(config, grid=dvae.config.grid, num_classes=len(train_set.classes),
                          latent_channels=dvae.config.latent_channels)
-        if config.model == "dit":       # full size: train its DVAE with --other_maps
+        if config.model == "dit":  # full size: train its DVAE with --other_maps
             name, dvae.config = f"dit_{config.patch_size}", replace(dvae.config, grain="fine")
-    run = trainer.Run(args, f"d2it_{stage}", name, config, training, train_set, SAMPLING,
+    run = trainer.Run(args, f"d2it_{stage}", name, config, training, train_set,
+                      {"sampler", "sampling_steps", "guidance_scale"},  # may change
                       {"classes": list(train_set.classes)}, **settings)
 
     if training.compile:
         trainer.compile_methods(Block, "forward")
-    model = build(config).to(run.device, memory_format=torch.channels_last)     # faster
+    model = build(config).to(run.device, memory_format=torch.channels_last)  # faster
     network = run.parallel(model)
     if stage == "dvae":
         rows = np.random.default_rng(0).permutation(len(train_set))[:2048]
-        images = torch.cat([images for images, _ in data.all_images(train_set, 64, rows)])
-        some_images = images.to(run.device)
-        model.set_threshold(some_images)
+        some = torch.cat([x for x, _ in data.all_images(train_set, 64, rows)]).to(run.device)
+        model.set_threshold(some)
         perceptual = vqgan.perceptual_network(config.perceptual, train_set, args.out, args.convnext,
                                               run.device)
         loss_fn = partial(dvae_loss, network, model, perceptual)
@@ -609,7 +569,7 @@ def train(args, config, training):
     for step in range(run.step, training.steps):
         trainer.set_lr(optimizer, trainer.cosine(step, training))
         optimizer.zero_grad()
-        for images, labels in run.micro_batches(batches, network):          # [B, 3, H, W], [B]
+        for images, labels in run.micro_batches(batches, network):  # [B, 3, H, W], [B]
             with run.autocast():
                 loss, parts = loss_fn(images, labels)
             (loss / run.accumulate).backward()
@@ -618,23 +578,16 @@ def train(args, config, training):
         optimizer.step()
         ema.update(model)
         if stage == "dvae" and step + 1 == training.steps:
-            ema.model.set_latent_std(some_images)
+            ema.model.set_latent_std(some)
         run.log(step, grad_norm=grad_norm)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 
 # ---- Pictures, command line
 
-def map_pictures(grain_map, size):      # [n, G, G] -> [n, 3, H, W], fine regions bright
+def map_pictures(grain_map, size):  # [n, G, G] -> [n, 3, H, W], fine regions bright
     x = 0.2 + 0.6 * grain_map[:, None].float()
     return F.interpolate(x, (size, size), mode="nearest").expand(-1, 3, -1, -1)
-
-
-def generate(labels, dvae, grain, content, generator):
-    """labels [n] -> images [n, 3, H, W] in [0, 1] and their maps [n, G, G]."""
-    maps = grain.generate(labels, generator)
-    z = sample_latents(content, labels, maps, generator)
-    return dvae.decode(z, maps).clamp(0, 1), maps
 
 
 def sample(args):
@@ -645,14 +598,14 @@ def sample(args):
         if model.dvae != trainer.fingerprint(dvae):
             raise BadInput(f"{args.out}/d2it_{stage}.pt: trained on another d2it_dvae.pt. Train it "
                            f"again: python d2it.py --stage {stage} --overwrite")
-    changes = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
-    content.config = replace(content.config, **changes)
-    wanted, n = range(len(grain.classes)), args.sample
-    if args.classes:
-        wanted = find_classes(args.classes, grain.classes)
+    content.config = trainer.override(content.config, args)  # --sampler, --guidance_scale, ..
+    n, names = args.sample, grain.classes
+    wanted = find_classes(args.classes, names) if args.classes else range(len(names))
     labels = torch.tensor([wanted[i * len(wanted) // n] for i in range(n)], device=args.device)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    images, maps = generate(labels, dvae, grain, content, generator)
+    maps = grain.generate(labels, generator)  # [n, G, G]
+    z = sample_latents(content, labels, maps, generator)
+    images = dvae.decode(z, maps).clamp(0, 1)  # [n, 3, H, W]
     pairs = torch.stack([images, map_pictures(maps, images.shape[-1])], 1)  # [n, 2, 3, H, W]
     path = Path(args.output or args.out / "d2it_samples.png")
     scale = max(1, 64 // images.shape[-1])
@@ -661,7 +614,7 @@ def sample(args):
 
 
 def main():
-    found = re.search(r"--stage[ =](dvae|grain)", " ".join(sys.argv))   # each has its own flags
+    found = re.search(r"--stage[ =](dvae|grain)", " ".join(sys.argv))  # each has its own flags
     stage = found[1] if found else "content"
     parser = trainer.command_line(__doc__, CONFIGS[stage], TrainConfig)
     add = parser.add_argument
