@@ -255,7 +255,7 @@ class Block(nn.Module):
 
 
 def initialize(model):
-    """DiT's: Xavier; std 0.02 for tables and the time's MLP; 0 for modulations and heads."""
+    """DiT's: Xavier; std 0.02 for embeddings and time; 0 for modulations and heads."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -361,11 +361,11 @@ class ContentTransformer(nn.Module):
     in fine regions, by refine blocks on one token per fine code.
 
     Paper: DiT blocks, then RefineNet blocks; a routing module; a learnable position embedding. Our
-    choice, which gives the paper's parameter counts: the router merges the embeddings of a region's
-    four places by a linear layer, and expands its token to four by another; refine blocks are DiT
-    blocks, in which the fine codes of an image see each other; both heads share a modulation.
+    choice, which gives the paper's parameter counts: the router is a linear layer that merges the
+    embeddings of a region's places and one that expands its token; refine blocks are DiT blocks, in
+    which the fine codes of an image see each other; both heads share a modulation.
 
-    --baseline is DiT (2212.09748): blocks on patches of codes, all fine, and fixed positions.
+    --baseline is DiT (2212.09748): patches of codes, all fine, and fixed positions.
     """
     def __init__(self, config):
         super().__init__()
@@ -454,9 +454,9 @@ def content_loss(network, config, dvae, images, labels):
 
 @torch.no_grad()
 def sample_latents(model, labels, grain_map, generator=None, **changes):
-    """labels [B], maps [B, G, G] -> z [B, C, 2G, 2G]. changes: of the config."""
+    """labels [B], maps [B, G, G] -> z [B, C, 2G, 2G]. changes: to the config."""
     c, B = replace(model.config, **changes), len(labels)
-    R = 1 if c.guidance_scale == 1 else 2  # both halves of the guidance are one pass, on one map
+    R = 1 if c.guidance_scale == 1 else 2  # both halves of the guidance in one pass
     inputs = labels.repeat(R), grain_map.repeat(R, 1, 1), torch.arange(R * B).to(labels) >= B
     z = draw_noise(grain_map, c.latent_channels, generator)
     steps = torch.linspace(TIME_STEPS - 1, -1, c.sampling_steps + 1).round().long()
@@ -477,7 +477,7 @@ def sample_latents(model, labels, grain_map, generator=None, **changes):
     return z
 
 
-# ---- Sizes and training: one loop for all stages, which differ in model and loss alone
+# ---- Sizes, and one training loop for all stages
 
 PRESETS = {
     "dvae_toy": DVAEConfig(image_size=32, widths=(32, 64, 96), stem=2, res_blocks=1, norm_groups=4,
@@ -529,7 +529,7 @@ def load_stage(path, stage, device="cpu"):
 
 
 def train(args, config, training):
-    """All of the stage's model trains. Frozen: the DVAE in later stages, the perceptual network."""
+    """Frozen: the DVAE in later stages, and the perceptual network."""
     stage, name, dvae, settings = args.stage, f"d2it_{args.stage}", None, {}
     if stage != "dvae":
         dvae = load_stage(args.out / "d2it_dvae.pt", "dvae", args.device)
@@ -624,9 +624,9 @@ def main():
     if stage == "content":
         add("--baseline", action="store_true", help="train DiT on fine codes; --patch_size 1 or 2")
         add("--preset", choices=tuple(PRESETS), metavar="NAME", help="d2it_b, dit_l, .. (--params)")
-    add("--params", action="store_true", help="print the sizes of all presets, and the paper's")
+    add("--params", action="store_true", help="print sizes beside the paper's")
     add("--sample", type=int, metavar="N", help="write N new images with their grain maps")
-    add("--classes", help="names or numbers, such as 3,bag; default: all")
+    add("--classes", help="names or numbers, such as 3,bag")
     add("--output", metavar="FILE", help="of --sample; default: OUT/d2it_samples.png")
     args = trainer.parse(parser)
     if args.params:

@@ -8,8 +8,6 @@ images, so compare equal numbers only. Letters as in d2it.py; n images.
 """
 import copy
 import json
-import math
-from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -50,46 +48,39 @@ def rate_distortion(bench, dvae):
 
 
 def noise_errors(bench, dvae, content):
-    """{"coarse", "fine"}: [rough, corrected], the squared error of the noise of such codes of the
-    test images, at one random t and noise each."""
+    """{"coarse", "fine"}: [rough, corrected], squared errors of the noise by codes of test images,
+    each at one random t."""
     generator, errors = torch.Generator().manual_seed(0), {"coarse": [], "fine": []}
     for images, labels in bench.images(bench.test):
-        z, grain_map = dvae.encode(images)                      # [B, C, 2G, 2G]
+        z, grain_map = dvae.encode(images)  # [B, C, 2G, 2G]
         t = torch.randint(d2it.TIME_STEPS, (len(z),), generator=generator)
         noise = d2it.draw_noise(grain_map, z.shape[1], generator)
         no = torch.zeros(len(z), dtype=torch.bool)
         final, rough = content(d2it.add_noise(z, t, noise), t, labels, grain_map, no)
-        both = (torch.stack([rough, final]) - noise).square().mean(2)       # [2, B, 2G, 2G]
-        is_fine = d2it.to_fine_grid(grain_map)                  # [B, 2G, 2G]
+        both = (torch.stack([rough, final]) - noise).square().mean(2)  # [2, B, 2G, 2G]
+        is_fine = d2it.to_fine_grid(grain_map)
         errors["coarse"].append(both[:, ~is_fine])
         errors["fine"].append(both[:, is_fine])
     return {grain: torch.cat(parts, 1).mean(1).tolist() for grain, parts in errors.items()}
 
 
 def grain_bits(grain, maps, labels):
-    """Bits per cell of the test maps [n, G, G]: -log2 p of cells one by one in random order."""
-    cells, bits = maps.flatten(1).long(), 0.0                   # [n, N]
-    order = torch.rand(cells.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
-    known = torch.full_like(cells, d2it.MASK)
-    for now in order.split(1, dim=1):                           # [n, 1]
-        log_p = grain(known, labels).log_softmax(-1)            # [n, N, 2]
-        log_p = log_p.gather(2, cells[..., None])[..., 0].gather(1, now)
-        bits -= log_p.mean().item() / math.log(2)
-        known = known.scatter(1, now, cells.gather(1, now))
-    return bits / cells.shape[1]
+    """Bits per cell of the test maps [n, G, G], drawn one by one in random order: the loss."""
+    dvae = SimpleNamespace(grain_map=lambda images: maps)
+    torch.manual_seed(0)
+    draws = [d2it.grain_loss(grain, None, dvae, None, labels)[1]["bits"] for _ in range(16)]
+    return sum(draws).item() / 16
 
 
 def compute(path, encoded, labels):
-    """FLOPs of training on encoded images, forward and backward, padding of fine codes included.
-    Those of the frozen DVAE are not counted."""
+    """FLOPs of training on encoded images, forward and backward, padding of fine codes included."""
     saved = trainer.load_checkpoint(path, "d2it_content", "make d2it")
     model = d2it.build(d2it.TransformerConfig(**saved["config"]))
     dvae = SimpleNamespace(encode=lambda images: encoded)
     with FlopCounterMode(display=False) as counter:
         d2it.content_loss(model, model.config, dvae, encoded[0], labels)[0].backward()
     flops = counter.get_total_flops() / len(labels)
-    return {"mflop_per_image": flops / 1e6, "steps": saved["step"],
-            "tflop": flops * saved["step"] * saved["training"]["batch_size"] / 1e12}
+    return {"mflop_per_image": flops / 1e6, "steps": saved["step"]}
 
 
 def sampled_fd(bench, dvae, content, maps):
@@ -106,7 +97,7 @@ def sampled_fd(bench, dvae, content, maps):
 def picture(bench, dvae, path):
     """Test images, their entropy, their maps, and what is decoded from their codes."""
     images = bench.examples(10).cpu()
-    entropies = dvae.complexity(images)                         # [10, G, G]
+    entropies = dvae.complexity(images)  # [10, G, G]
     grey = F.interpolate(entropies[:, None] / entropies.max(), images.shape[-1]).expand_as(images)
     z, grain_map = dvae.encode(images)
     rows = [("image", images), ("entropy", grey), ("grain map", d2it.map_pictures(grain_map, 32)),
@@ -127,21 +118,23 @@ def measure(args, bench):
     place = {c: torch.where(bench.labels == c)[0] for c in labels.unique().tolist()}
     true = maps[torch.stack([place[c][i % len(place[c])] for i, c in enumerate(labels.tolist())])]
     random = torch.rand(true.shape, generator=torch.Generator().manual_seed(0)) < share
-    fine, scores, grain_rows = torch.ones_like(true), defaultdict(list), []
-    for grain, content, dit_2, dit_1 in zip(*load.values()):
-        drawn = grain.generate(labels, torch.Generator().manual_seed(0))
-        for name, model, which in (("random", content, random), ("true", content, true),
-                                   ("generated", content, drawn), ("dit_2", dit_2, fine),
-                                   ("dit_1", dit_1, fine)):
-            scores[name].append(sampled_fd(bench, dvae, model, which))
-        grain_rows.append({"bits": grain_bits(grain, maps, bench.labels), "share": {
-            bench.test.classes[c]: [maps[place[c]].float().mean().item(),
-                                    drawn[labels == c].float().mean().item()] for c in place}})
+    drawn = torch.stack([grain.generate(labels, torch.Generator().manual_seed(0))
+                         for grain in load["d2it_grain"]])  # [seeds, n, G, G]
+    fine, scores = torch.ones_like(true), {}
+    for name, kind, which in (("random", "d2it_content", random), ("true", "d2it_content", true),
+                              ("generated", "d2it_content", drawn), ("dit_2", "dit_2", fine),
+                              ("dit_1", "dit_1", fine)):
+        scores[name] = [sampled_fd(bench, dvae, model, its_maps)
+                        for model, its_maps in zip(load[kind], which.expand_as(drawn))]
     some_images, some_labels = next(data.all_images(bench.train, 32))
     encoded = dvae.encode(some_images)      # a DiT does not read the map
     picture(bench, dvae, args.out / "d2it_maps.png")
     return {"seeds": args.seeds, "images": len(bench.indices), "samples": len(labels),
-            "rate_distortion": rate_distortion(bench, dvae), "fd": scores, "grain": grain_rows,
+            "rate_distortion": rate_distortion(bench, dvae), "fd": scores,
+            "grain_bits": [grain_bits(grain, maps, bench.labels) for grain in load["d2it_grain"]],
+            "fine_share": {bench.test.classes[c]: [maps[place[c]].float().mean().item(),
+                                                   drawn[:, labels == c].float().mean().item()]
+                           for c in place},        # true, generated
             "noise_mse": [noise_errors(bench, dvae, model) for model in load["d2it_content"]],
             "compute": {name: compute(args.out / f"{name}.pt", encoded, some_labels)
                         for name in ("dit_2", "dit_1", "d2it_content")}}
@@ -149,32 +142,27 @@ def measure(args, bench):
 
 def tables(numbers):
     """The numbers as text: means and 95 % intervals over seeds."""
+    def minus(name, other):
+        return spread([a - b for a, b in zip(scores[name], scores[other])], "+.2f")
+
     scores = numbers["fd"]
     dvae = [["1. DVAE", "codes per image", "MSE", "FD"]] + [
         [rule, f"{row['codes']:.1f}", f"{row['mse']:.5f}", f"{row['fd']:.2f}"]
         for rule, row in numbers["rate_distortion"].items()]
     source = [["2. map in sampling", "FD", "minus true"]] + [
-        [name, spread(scores[name]), difference(scores[name], scores["true"])]
+        [name, spread(scores[name]), minus(name, "true")]
         for name in ("random", "true", "generated")]
     noise = [["3. noise MSE", "coarse codes", "fine codes"]] + [
         [name, *(spread([row[grain][i] for row in numbers["noise_mse"]], ".4f")
                  for grain in ("coarse", "fine"))] for i, name in enumerate(("rough", "corrected"))]
-    compute = [["4. equal compute", "steps", "MFLOP an image", "TFLOP in all", "FD", "minus D2iT"]]
-    for name, row in numbers["compute"].items():
-        fds = scores.get(name, scores["generated"])
-        compute.append([name, f"{row['steps']}", f"{row['mflop_per_image']:.0f}",
-                        f"{row['tflop']:.2f}", spread(fds), difference(fds, scores["generated"])])
-    grain = [["5. fine share", "true", "generated"]]
-    for name, (true, _) in numbers["grain"][0]["share"].items():
-        drawn = [row["share"][name][1] for row in numbers["grain"]]
-        grain.append([name, f"{true:.2f}", f"{sum(drawn) / len(drawn):.2f}"])
-    bits = spread([row["bits"] for row in numbers["grain"]], ".3f")
+    compute = [["4. equal compute", "steps", "MFLOP per image", "FD", "minus D2iT"]]
+    for (model, row), name in zip(numbers["compute"].items(), ("dit_2", "dit_1", "generated")):
+        compute.append([model, f"{row['steps']}", f"{row['mflop_per_image']:.0f}",
+                        spread(scores[name]), minus(name, "generated")])
+    grain = [["5. fine share", "true", "generated"]] + [
+        [name, *(f"{share:.2f}" for share in pair)] for name, pair in numbers["fine_share"].items()]
     tables = "\n\n".join(map(markdown, (dvae, source, noise, compute, grain)))
-    return f"{tables}\n\nGrain model: {bits} bits per cell"
-
-
-def difference(a, b):
-    return spread([x - y for x, y in zip(a, b)], "+.2f")
+    return f"{tables}\n\nGrain model: {spread(numbers['grain_bits'], '.3f')} bits per cell"
 
 
 def main():
