@@ -268,7 +268,7 @@ def publish(paper, name):
 
 # ---- What the seeds of the study show
 
-# what, its key in a model's scores, the model; what the paper claims, or NativeTok minus TiTok there
+# what, its key in a model's scores, the model; the paper's claim, or its NativeTok minus TiTok
 STAGE1 = [("PSNR after stage 1, soft, dB", "psnr", "{}", "higher"),
           ("PSNR after stage 1, argmax, dB", "psnr_argmax", "{}", "higher"),
           ("cross-entropy of stage 1", "cross_entropy", "{}", "lower"),
