@@ -320,7 +320,7 @@ def maskgit_loss(model, config, codes, labels):
     count = (share * codes.shape[1]).round().clamp(min=1)  # [B, 1]
     masked = torch.rand(codes.shape, device=codes.device).argsort(dim=1) < count  # [B, L]
     logits = model(codes.masked_fill(masked, config.codebook_size), labels, drop_label).float()
-    # flat: for [B, K, L] CUDA has no form that sums in a fixed order (--deterministic)
+    # flat: for [B, K, L] CUDA has no form that sums in a fixed order
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none",
                            label_smoothing=config.label_smoothing).view_as(codes)  # [B, L]
     weight = torch.where(masked, 1.0, config.unmasked_weight)  # [B, L]

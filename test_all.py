@@ -1819,31 +1819,45 @@ def test_report(toy, folder, tmp_path, monkeypatch, capsys):
     assert not (part / "report.html").exists()
 
     out = shutil.copytree(toy, tmp_path / "out", ignore=shutil.ignore_patterns("codes*"))
+    saved = load(out / "nativetok_4_stage2.pt")     # and an untrained TiTok of the same length
+    saved["config"]["model"] = "titok"
+    saved["ema"]["model"] = build(TokenizerConfig(**saved["config"])).state_dict()
+    torch.save(saved, out / "titok_4_stage2.pt")
     printed = reported(f"--out {out}")
-    scores = json.loads((out / "scores.json").read_text())
+    scores, curves = (json.loads((out / name).read_text())
+                      for name in ("scores.json", "curves.json"))
     assert scores.keys() == {"data", "seed", "seconds", "fd_floor", *SCORES}
     assert {name: set(scores[name]) for name in SCORES} == SCORES
     assert scores["data"] == "shapes" and scores["seed"] == 0 and scores["hnt"]["step_ratio"] > 0
-    assert np.isfinite([value for name in SCORES for value in scores[name].values()]).all()
-    assert [*scores["seconds"]] == ["vqgan", "stage1", "hnt", "stage2", "ar", "maskgit", "evaluate"]
-    curves = json.loads((out / "curves.json").read_text())
-    assert {name: len(values) for name, values in curves.items()} == dict.fromkeys(curves, 4)
+    numbers = [value for name in SCORES for value in scores[name].values()]
+    assert np.isfinite([*numbers, scores["fd_floor"], *scores["seconds"].values()]).all()
+    assert {*scores["seconds"]} == {"vqgan", "stage1", "hnt", "stage2", "ar", "maskgit", "evaluate"}
+    assert curves["lengths"] == [1, 2, 3, 4]
+    assert [len(curves[name]) for name in ("bits", "unigram", "mse")] == [4, 4, 4]
     page = (out / "report.html").read_text()
     assert not re.search(r"(src|href)=(?!.data:image/webp;base64,)|url\(|@import|://", page)
     cells = [line.split("<td>")[1:] for line in page.splitlines() if line.startswith("<tr>")]
     assert report.markdown(cells) in printed        # the table on the screen, too
-    names, pictures = zip(*re.findall(r'<div class="row"><span>(.*)</span>\n((?:<img.*\n)+)', page))
-    assert names[:6] == ("original", *(f"NativeTok, {k} of 4" for k in range(5)))
-    assert 'max="4"' in page and pictures[5] == pictures[names.index("stage 2")]    # of all codes
-    assert {*names[11:]} <= {*data.SHAPES} and names.count("circle") == 2   # AR's and MaskGIT's
-    assert page.count("<img") == 10 * len(pictures) + 8             # curves
+    assert f"{scores['stage2']['psnr']:.2f}" in cells[6]
+    rows = re.findall(r'<div class="row"><span>(.*)</span>\n((?:<img.*\n)+)</div>', page)
+    names, pictures = zip(*rows)
+    slider = [f"{model}, {k} of 4" for model in ("NativeTok", "TiTok") for k in range(5)]
+    assert names[:11] == ("original", *slider) and 'max="4"' in page
+    # each code changes something, but few do in a NativeTok of ten steps
+    assert len({*pictures[1:6]}) > 1 and len({*pictures[6:11]}) == 5
+    assert pictures[5] == pictures[names.index("stage 2")]          # of all codes
+    assert {*names[16:]} <= {*data.SHAPES} and names.count("circle") == 2   # AR's and MaskGIT's
+    assert all(line.count("<img") == 10 for line in pictures[:16])
+    assert page.count("<img") == sum(text.count("<img") for text in pictures) + 8      # curves
     assert all((out / f"{name}.png").exists() for name in ("reconstructions", "prefixes", "order",
                                                            "samples_ar", "samples_maskgit"))
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(report, "step_ratio", lambda path, device: None)        # saves seconds
+    (out / "titok_4_stage2.pt").unlink()
     assert "matplotlib is missing" in reported(f"--out {out}")
-    assert '<div class="curves"></div>' in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert '<div class="curves"></div>' in page and "TiTok" not in page
 
 
 # ---- Speed (extras/bench.py)

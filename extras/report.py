@@ -327,7 +327,7 @@ $originals
 <script>
 const slider = document.querySelector("input"), rows = document.querySelectorAll("#prefixes .row")
 slider.oninput = () => rows.forEach((row, i) =>
-    row.style.display = i == slider.value ? "" : "none")
+    row.style.display = i % ($tokens + 1) == slider.value ? "" : "none")
 slider.oninput()
 </script>
 <h2>Scores</h2>
@@ -414,11 +414,15 @@ def report(args, bench, files, seed):
     scores, pictures = measure(bench, files)
     ar, tokenizer = load_pair(files["ar"], files["stage2"], bench.device)
     order, ratio = order_curves(bench, ar, tokenizer), step_ratio(files["stage1"], bench.device)
-    codes = tokenizer.encode(images)                                        # [10, L]
-    tokens = codes.shape[1]
-    prefixes = [(f"NativeTok, {k} of {tokens}", tokenizer.decode_codes(codes[:, :k]))
-                for k in range(tokens + 1)]
-    originals = [("original", images)]
+    originals, prefixes, tokens = [("original", images)], [], tokenizer.config.tokens
+    titok = args.out / f"titok_{tokens}_stage2.pt"
+    models = {"NativeTok": tokenizer}
+    if titok.exists():
+        models["TiTok"] = open_tokenizer(titok, bench.device)
+    for name, model in models.items():
+        codes = model.encode(images)                                        # [10, L]
+        prefixes += [(f"{name}, {k} of {tokens}", model.decode_codes(codes[:, :k]))
+                     for k in range(tokens + 1)]
     powers = [prefixes[2 ** i] for i in range(tokens.bit_length())]     # 1, 2, 4, ... codes
     data.save_picture(picture_of(originals + powers), args.out / "prefixes.png")
     settings = trainer.load_checkpoint(files["stage1"], "tokenizer", "python hnt.py")["settings"]
