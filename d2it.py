@@ -22,8 +22,8 @@ still is one code: one draw of noise, counted once in the loss. Only abstract, t
 of the paper (arXiv 2504.09454) could be read: "paper" marks what they say. See docs/d2it.md.
 
 Letters: B batch, H W pixels, G side of the grain map, N = G*G regions, S = H/G side of a region in
-pixels, C channels of a code, D width, h heads, T length of a sequence, M most fine regions in an
-image of the batch, t time step. Images are float32 [B, 3, H, W] in [0, 1]; grain maps bool
+pixels, C channels of a code, D width, h heads, T length of a sequence, M the most fine regions
+of an image of the batch, t time step. Images are float32 [B, 3, H, W] in [0, 1]; grain maps bool
 [B, G, G], True is fine; latents z [B, C, 2G, 2G], constant in each coarse region.
 """
 import math
@@ -175,8 +175,8 @@ class DVAE(nn.Module):
         return self.fine_head(before), self.coarse_head(x)
 
     def encode(self, images, grain_map=None):
-        """Images [B, 3, H, W] -> latents z [B, C, 2G, 2G], the means, each grain scaled to unit
-        variance (our choice); and the map [B, G, G]."""
+        """Images [B, 3, H, W] -> latents z [B, C, 2G, 2G], the means, each grain scaled to mean
+        square 1 (our choice); and the map [B, G, G]."""
         grain_map = self.grain_map(images) if grain_map is None else grain_map
         means = (moments.chunk(2, dim=1)[0] for moments in self.moments(images))
         fine, coarse = (mean / std for mean, std in zip(means, self.latent_std))
@@ -184,10 +184,11 @@ class DVAE(nn.Module):
 
     def set_latent_std(self, images):
         """Estimate it from training images, at the end of the stage; until then it is 1."""
+        self.latent_std.fill_(1.0)
         z, grain_map = map(torch.cat, zip(*map(self.encode, images.split(64))))
         for i, mine in enumerate((grain_map, ~grain_map)):
             codes = z.movedim(1, -1)[to_fine_grid(mine)]    # [codes, C]
-            self.latent_std[i] = codes.square().mean().sqrt()
+            self.latent_std[i] = codes.square().mean().sqrt() if len(codes) else 1.0
 
     def decode(self, z, grain_map):
         """z [B, C, 2G, 2G], map [B, G, G] -> images [B, 3, H, W], not clamped."""
@@ -502,6 +503,7 @@ TOYS = {"dvae": replace(TOY, steps=700, learning_rate=4e-3), "grain": TOY,
 FULL = TrainConfig(steps=400_000, end_learning_rate=1e-4, warmup=0, beta2=0.999, weight_decay=0.0,
                    ema=0.9999)  # DiT's recipe; the paper's is not known
 CONFIGS = {"dvae": DVAEConfig, "grain": TransformerConfig, "content": TransformerConfig}
+SAMPLING = "sampler", "sampling_steps", "guidance_scale"        # of the codes; maps have none
 
 
 def build(config):
@@ -544,8 +546,7 @@ def train(args, config, training):
         if config.model == "dit":  # full size: train its DVAE with --other_maps
             name, dvae.config = f"dit_{config.patch_size}", replace(dvae.config, grain="fine")
     run = trainer.Run(args, f"d2it_{stage}", name, config, training, train_set,
-                      {"sampler", "sampling_steps", "guidance_scale"},  # may change
-                      {"classes": list(train_set.classes)}, **settings)
+                      SAMPLING, {"classes": list(train_set.classes)}, **settings)
 
     if training.compile:
         trainer.compile_methods(Block, "forward")
@@ -598,7 +599,8 @@ def sample(args):
         if model.dvae != trainer.fingerprint(dvae):
             raise BadInput(f"{args.out}/d2it_{stage}.pt: trained on another d2it_dvae.pt. Train it "
                            f"again: python d2it.py --stage {stage} --overwrite")
-    content.config = trainer.override(content.config, args)  # --sampler, --guidance_scale, ..
+    content.config = replace(content.config, **{
+        name: getattr(args, name) for name in SAMPLING if hasattr(args, name)})
     n, names = args.sample, grain.classes
     wanted = find_classes(args.classes, names) if args.classes else range(len(names))
     labels = torch.tensor([wanted[i * len(wanted) // n] for i in range(n)], device=args.device)
@@ -614,8 +616,8 @@ def sample(args):
 
 
 def main():
-    found = re.search(r"--stage[ =](dvae|grain)", " ".join(sys.argv))  # each has its own flags
-    stage = found[1] if found else "content"
+    # each stage has its own flags
+    stage = (re.findall(r"--stage[ =](dvae|grain)", " ".join(sys.argv)) or ["content"])[-1]
     parser = trainer.command_line(__doc__, CONFIGS[stage], TrainConfig)
     add = parser.add_argument
     add("--stage", choices=tuple(CONFIGS), default="content", help="what to train")
@@ -623,7 +625,8 @@ def main():
         add("--convnext", metavar="FILE", default="weights/convnext_small.pth")
     if stage == "content":
         add("--baseline", action="store_true", help="train DiT on fine codes; --patch_size 1 or 2")
-        add("--preset", choices=tuple(PRESETS), metavar="NAME", help="d2it_b, dit_l, .. (--params)")
+        add("--preset", choices=[name for name in PRESETS if "it_" in name],
+            metavar="NAME", help="d2it_b, dit_l, ..: instead of --baseline")
     add("--params", action="store_true", help="print sizes beside the paper's")
     add("--sample", type=int, metavar="N", help="write N new images with their grain maps")
     add("--classes", help="names or numbers, such as 3,bag")
@@ -631,12 +634,15 @@ def main():
     args = trainer.parse(parser)
     if args.params:
         return print_params()
-    if args.sample:
+    if args.sample is not None:
         return sample(args)
+    trainer.refuse(args, ("classes", "output"), "only with --sample")
     toy, size = args.config == "toy", {"toy": "toy", "small": "b", "full": "xl"}[args.config]
     preset = f"{stage}_toy" if toy else stage
     if stage == "content":
         preset = args.preset or f"{'dit' if args.baseline else 'd2it'}_{size}"
+    elif stage == "grain":
+        trainer.refuse(args, (*SAMPLING, "patch_size", "refine_layers"), "not of --stage grain")
     train(args, trainer.override(PRESETS[preset], args),
           trainer.override(TOYS[stage] if toy else FULL, args))
 
