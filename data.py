@@ -186,7 +186,7 @@ class Folder(Images):
 
     def get(self, index, rng=None):
         first, end = np.searchsorted(self.labels, self.labels[index] + [0, 1])  # its class
-        for i in [*range(index, end), *range(first, index)]:
+        for i in itertools.chain(range(index, end), range(first, index)):
             file = self.root / self.files[i]
             try:
                 image = decode_image(file, self.image_size, self.draft)

@@ -5,8 +5,8 @@
     python evaluate.py gfid GENERATOR --reference PATH  # of 50,000 samples
     torchrun --nproc_per_node=4 evaluate.py gfid ...    # the ranks share the pictures
 
-FID as pytorch-fid; Inception Score (also as ADM), KID, precision and recall as torch-fidelity.
-The protocol is printed with the scores; docs/fid.md explains it.
+FID as pytorch-fid, but with TensorFlow's resize; Inception Score (also as ADM), KID, precision and
+recall as torch-fidelity. The protocol is printed with the scores; docs/fid.md explains it.
 
 Letters: B batch, H W pixels, n images of a set, F features of the network, L tokens, K codes in a
 codebook. Images are float32 [B, 3, H, W] in [0, 1], pictures the same in bytes.
@@ -478,7 +478,10 @@ def main():
         protocol = [f"reference: {real.name}", f"scored: {fake.name}",
                     f"network: Inception of 2015, weights {inception.fingerprint}, float32"]
         protocol += [f"warning: {pictures.name}: fewer than FID's 2,048 features"
-                     for pictures in (real, fake) if 0 < pictures.count < FEATURES]
+                     for pictures in (real, fake) if pictures.count < FEATURES
+                     and not pictures.statistics]
+        if x and y and real.size != fake.size:
+            protocol.append(f"warning: heights and widths {real.size} and {fake.size}: FID sees it")
         print(*[f"{name:<42} {value:.4f}" for name, value in scores.items()], *protocol, "",
               sep="\n")
         results.append({"scores": scores, "protocol": protocol})

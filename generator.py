@@ -36,7 +36,7 @@ class GeneratorConfig:
     codebook_size: int = 4096       # K: read off the tokenizer
     num_classes: int = 1000         # read off the data
     width: int = 768                # D
-    layers: int = 12                # blocks; MaskGIT: an even number, and one in the middle
+    layers: int = 12                # blocks; MaskGIT: an even number, and one more in the middle
     heads: int = 12                 # h
     dropout: float = 0.1            # AR: on embeddings, attention and feed-forward output
     class_dropout: float = 0.1      # share of the training images whose class is hidden
@@ -230,6 +230,8 @@ class MaskGITGenerator(nn.Module):
         self.config, self.mask = config, config.codebook_size
         self.embeddings = nn.Embedding(self.mask + config.num_classes + 2, config.width)
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.tokens, config.width))
+        if config.layers % 2:
+            raise BadInput(f"--layers {config.layers}: a U-ViT needs an even number, for its skips")
         half = config.layers // 2
         self.in_blocks = nn.ModuleList(UViTBlock(config) for _ in range(half))
         self.mid_block = UViTBlock(config)
@@ -422,7 +424,9 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
                 np.save(file, codes)
         trainer.write_atomically(parts[run.rank], save)
     trainer.gather(None)    # all parts are there
-    return np.concatenate([*map(np.load, parts)], axis=1)
+    codes = np.concatenate([*map(np.load, parts)], axis=1)
+    trainer.gather(None)    # all ranks have read them: the lock may go
+    return codes
 
 
 def load_codes(folder):  # -> [views, n, L]
@@ -448,6 +452,8 @@ def train(args, config, tokenizer_path):
     room = 1.1 if config.views == 10 else 1  # for ten crops
     size = int(room * tokenizer.config.image_size)
     dataset = data.open_dataset(args.data, "train", size, draft=True)
+    if getattr(args, "tokens", config.tokens) != tokenizer.config.tokens and args.tokenizer:
+        raise BadInput(f"--tokens {args.tokens}: {tokenizer_path} has {tokenizer.config.tokens}")
     config = replace(config, tokens=tokenizer.config.tokens, num_classes=len(dataset.classes),
                      codebook_size=tokenizer.config.codebook_size)
     name, fingerprint = codes_name(tokenizer_path), codes_fingerprint(tokenizer)
@@ -539,10 +545,9 @@ def find_classes(text, names):
                        f"{', '.join(names[:12])} ..") from None
 
 
-def sample_pictures(args, tokenizer_path, path):
+def sample_pictures(args, tokenizer_path, path, changes):
     """--sample: new images in one grid, or with --separate as files in a folder."""
     model, tokenizer = load_pair(path, tokenizer_path, args.device)
-    changes = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
     output = Path(args.output or args.out / f"{path.stem}_samples{'' if args.separate else '.png'}")
     if (args.separate or args.output) and output.exists() and not args.overwrite:
         raise BadInput(f"{output}: exists. Choose another --output, or give --overwrite")
@@ -582,14 +587,20 @@ def main():
     preset = args.preset or f"{getattr(args, 'mode', 'ar')}_{args.config}"
     config = trainer.override(PRESETS[preset], args)
     trainer.refuse(args, NO_FLAGS[config.mode], f"not of --mode {config.mode}")
+    if config.mode != PRESETS[preset].mode:
+        raise BadInput(f"--mode {config.mode}: --preset {preset} is {PRESETS[preset].mode}")
     if args.sample is None:
         trainer.refuse(args, ("classes", "separate", "output"), "only with --sample")
     else:
-        trainer.refuse(args, TrainConfig.__dataclass_fields__, "not with --sample")
+        others = {*TrainConfig.__dataclass_fields__, *names} - {"mode", "tokens", *SAMPLING}
+        trainer.refuse(args, others, "not with --sample")
     tokenizer_path = args.tokenizer or default_tokenizer(args.out, config.tokens)
     if args.sample is not None:
         path = args.out / f"{config.mode}_{codes_name(tokenizer_path)}.pt"
-        return sample_pictures(args, tokenizer_path, path)
+        # a named preset's settings of sampling, else the trained generator's; flags come first
+        given = [name for name in SAMPLING if args.preset or hasattr(args, name)]
+        changes = {name: getattr(config, name) for name in given}
+        return sample_pictures(args, tokenizer_path, path, changes)
     train(args, config, tokenizer_path)
 
 

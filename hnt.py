@@ -73,13 +73,15 @@ def unfreeze(model):
 
 def train(args):
     tokens = args.tokens or {"toy": 16}.get(args.config, 64)
-    # more than 64 tokens leave too little of 80 GB without --recompute
+    # at full size more than 64 tokens leave too little of 80 GB without --recompute
     training = replace(TRAINING[args.config], recompute=tokens > 64)
     training = trainer.override(training, args)
     teacher = vqgan.load_vqgan(args.out / "vqgan.pt", args.device)  # frozen
     source_path = args.source or args.out / f"nativetok_{tokens // 2}.pt"
     source = tokenizer.load_tokenizer(
         source_path, make=f"python tokenizer.py --tokens {tokens // 2}, or hnt.py, or --source")
+    if source.config.model != "nativetok":
+        raise BadInput(f"{source_path}: a {source.config.model}, which has no experts to grow")
     if trainer.fingerprint(source.pixel_decoder) != trainer.fingerprint(teacher.decoder):
         raise BadInput(f"{source_path}: trained with another VQGAN than {args.out}/vqgan.pt, or "
                        f"after stage 2")
@@ -100,12 +102,14 @@ def train(args):
     model = model.to(run.device)
     # <=: a checkpoint at exactly frozen_steps was saved before unfreezing, with the old optimizer
     frozen = 0 < frozen_steps and run.step <= frozen_steps
+    revives = args.strategy == "full"
     if frozen:
         freeze_reused(model, reused)
     loss_fn = run.parallel(Stage1Loss(model))
     optimizer = trainer.adamw(model, training)  # holds what trains, nothing else
     ema = trainer.Ema(model, training.ema)
-    run.say(f"{source_path} grown to {tokens} tokens; the first {frozen_steps} steps are frozen")
+    run.say(f"{source_path}, strategy {args.strategy}: {reused} -> {tokens} tokens; the first "
+            f"{frozen_steps} steps are frozen")
     run.start(model=model, ema=ema, optimizer=optimizer)
     batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
                            training.workers)
@@ -126,7 +130,9 @@ def train(args):
             run.add(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
-        model.quantizer.update_usage()  # without revival, which would change the old tokens
+        # revival would change the old tokens; with strategy full there are none
+        model.quantizer.update_usage(config.revive_below if revives and step < 0.8 * training.steps
+                                     else 0.0)
         ema.update(model)
         run.log(step, grad_norm=grad_norm, frozen=float(frozen), **model.quantizer.stats())
         if run.preview_due(step):

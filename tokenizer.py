@@ -1,13 +1,13 @@
 """Stages 1 and 2: NativeTok turns an image into a short ordered sequence of codes, and back.
 
     python tokenizer.py --tokens 8                # stage 1, after vqgan.py
-    python tokenizer.py --tokens 16 --stage 2     # stage 2, after stage 1 or hnt.py
+    python tokenizer.py --tokens 8 --stage 2      # stage 2; after hnt.py with --tokens 16
     python tokenizer.py --model titok             # the baseline
     python tokenizer.py --reconstruct a.png b.jpg
     torchrun --nproc_per_node=4 tokenizer.py --tokens 128
 
 The idea. A transformer, the Meta Image Transformer (MIT), reads the image once. Its result X_latent
-is locked: all experts read the same one (gradients do flow back into MIT). Then L small
+is shared: all experts read the same one, and their gradients train MIT. Then L small
 transformers, the experts (MoCET), write one token each, in order: expert i sees X_latent and the
 tokens z_0 .. z_{i-1}, and writes z_i. So token i cannot depend on a later one, and what a generator
 has to learn, p(z_i | z_0 .. z_{i-1}), is how the tokens were made.
@@ -189,8 +189,8 @@ class MetaImageTransformer(nn.Module):
 
 class Expert(nn.Module):
     """The transformer that writes one token: it reads [X_latent, z_0 .. z_{i-1}, pad] and keeps
-    what comes out at the pad's position. No final norm: to_code and the next experts, which begin
-    with a norm of their own, read z_i as it is (our choice; the paper does not say)."""
+    what comes out at the pad's position. No final norm: to_code reads z_i as it is, and the next
+    experts begin with a norm of their own (our choice; the paper does not say)."""
     def __init__(self, width, heads, layers):
         super().__init__()
         self.position_embedding = normal(width, std=0.02)  # of token i, for later experts too
@@ -408,7 +408,7 @@ class Stage1Loss(nn.Module):
 
 
 def prepare(model, training):
-    """--compile and --recompute: the same values but for rounding."""
+    """Set up --compile and --recompute, which change values by rounding only."""
     if training.compile:
         trainer.compile_methods(Block, "forward", "last_position")
     if hasattr(model, "mocet"):
@@ -423,7 +423,7 @@ def open_images(args, image_size):
 
 
 def train_stage1(args, config):
-    # more than 64 tokens leave too little of 80 GB without --recompute
+    # at full size more than 64 tokens leave too little of 80 GB without --recompute
     training = replace(TRAINING[args.config, 1], recompute=config.tokens > 64)
     training = trainer.override(training, args)
     teacher = vqgan.load_vqgan(args.out / "vqgan.pt", args.device)  # frozen
@@ -488,8 +488,8 @@ STAGE2 = {  # a PatchGAN needs thousands of steps, the toy has 400: docs/results
 
 class Stage2Loss(nn.Module):
     """The decoders' loss: L2, perceptual and, once the discriminator has started, adversarial. The
-    decoders run under autocast, all after them in float32, as in TiTok: in bf16 the perceptual loss
-    would have a floor."""
+    decoders run under autocast, all after them in float32, as in TiTok: bf16's rounding would
+    hide small perceptual differences."""
     def __init__(self, model, perceptual, config):
         super().__init__()
         self.model, self.perceptual, self.config = model, perceptual, config
@@ -527,6 +527,8 @@ class DiscriminatorLoss(nn.Module):
 
 
 def train_stage2(args):
+    if args.checkpoint:
+        trainer.refuse(args, ("tokens",), "--checkpoint has its own")
     tokens = args.tokens or PRESETS[args.config].tokens
     source = args.checkpoint or args.out / f"nativetok_{tokens}.pt"
     model = load_tokenizer(source, make=f"python tokenizer.py --tokens {tokens}")
@@ -542,7 +544,7 @@ def train_stage2(args):
 
     prepare(model, training)
     model = model.to(run.device, memory_format=torch.channels_last)  # faster convolutions
-    for p in model.decoder.head[-1].parameters():  # on --resume, run.start puts its own back
+    for p in model.decoder.head[-1].parameters():  # on --resume, run.start overwrites this
         p.data *= weights.sharpen
     # what trains, beside the discriminator; all else came frozen from load_tokenizer
     for part in (model.decoder, model.pixel_codebook, model.pixel_decoder):
@@ -571,7 +573,7 @@ def train_stage2(args):
     for step in range(run.step, training.steps):
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
         decoders_wait = adversarial and step < weights.gan_start + weights.discriminator_first
-        # at 0 AdamW's averages move on
+        # a rate of 0, not a skipped step: AdamW's averages are ready when the decoders start
         trainer.set_lr(optimizer, 0.0 if decoders_wait else trainer.cosine(step, training))
         gan_step = max(0, step - weights.gan_start)  # its own warm-up and cosine begin there
         trainer.set_lr(discriminator_optimizer,
@@ -636,7 +638,8 @@ def main():
         experts = [name for name in vars(args) if name.startswith("expert_")]
         trainer.refuse(args, experts, "TiTok has no experts")
     if args.reconstruct:
-        trainer.refuse(args, TrainConfig.__dataclass_fields__, "not with --reconstruct")
+        sizes = {*TokenizerConfig.__dataclass_fields__} - {"model", "tokens"}
+        trainer.refuse(args, {*TrainConfig.__dataclass_fields__} | sizes, "not with --reconstruct")
     config = trainer.override(PRESETS["titok_" * titok + args.config], args)
     (reconstruct if args.reconstruct else train_stage1)(args, config)
 
