@@ -2041,7 +2041,7 @@ def test_evidence(tmp_path, monkeypatch, capsys):
     for i, cross_entropy in enumerate((3.1, 3.3, 2.9)):
         scores["cross_entropy"], other["cross_entropy"] = cross_entropy, cross_entropy + 1 + i / 10
         (numbers / f"seed{i}.json").write_text(json.dumps({**made, "seed": i}))
-    row = r"stage 1: cross_entropy +\| +3.10 ± 0.50 \| .* \| +-1.10 ± 0.25 \| +lower \| +holds"
+    row = r"cross-entropy of stage 1 +\| +3.10 ± 0.50 \| .* \| +-1.10 ± 0.25 \| +lower \| +holds"
     assert re.search(row, command("evidence"))
     made["settings"]["images"] = 61
     (numbers / "seed2.json").write_text(json.dumps(made))
