@@ -102,7 +102,6 @@ def train(args):
     model = model.to(run.device)
     # <=: a checkpoint at exactly frozen_steps was saved before unfreezing, with the old optimizer
     frozen = 0 < frozen_steps and run.step <= frozen_steps
-    revives = args.strategy == "full"
     if frozen:
         freeze_reused(model, reused)
     loss_fn = run.parallel(Stage1Loss(model))
@@ -130,9 +129,7 @@ def train(args):
             run.add(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
-        # revival would change the old tokens; with strategy full there are none
-        model.quantizer.update_usage(config.revive_below if revives and step < 0.8 * training.steps
-                                     else 0.0)
+        model.quantizer.update_usage()  # without revival, which would change the old tokens
         ema.update(model)
         run.log(step, grad_norm=grad_norm, frozen=float(frozen), **model.quantizer.stats())
         if run.preview_due(step):
