@@ -616,9 +616,8 @@ def sample(args):
 
 
 def main():
-    # each stage has its own flags
     stage = (re.findall(r"--stage[ =](dvae|grain)", " ".join(sys.argv)) or ["content"])[-1]
-    parser = trainer.command_line(__doc__, CONFIGS[stage], TrainConfig)
+    parser = trainer.command_line(__doc__, CONFIGS[stage], TrainConfig)  # flags by stage
     add = parser.add_argument
     add("--stage", choices=tuple(CONFIGS), default="content", help="what to train")
     if stage == "dvae":
