@@ -107,7 +107,7 @@ def train(args):
     loss_fn = run.parallel(Stage1Loss(model))
     optimizer = trainer.adamw(model, training)  # holds what trains, nothing else
     ema = trainer.Ema(model, training.ema)
-    run.say(f"{source_path}: {reused} -> {tokens} tokens; the first {frozen_steps} steps are frozen")
+    run.say(f"{source_path}: {reused} -> {tokens} tokens; the first {frozen_steps} are frozen")
     run.start(model=model, ema=ema, optimizer=optimizer)
     batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
                            training.workers)
