@@ -330,7 +330,7 @@ def test_stage2_scores_pixels_in_float32_and_warms_its_discriminator_up(toy, tmp
     with torch.autocast("cpu", torch.bfloat16):
         loss_fn(pictures(), lambda images: seen.append(images @ images.mT) or seen[-1])
     assert [x.dtype for x in seen] == 3 * [torch.float32]
-    run(f"python tokenizer.py {SMALL} --stage 2 --tokens 4 --checkpoint {toy / 'nativetok_4.pt'} "
+    run(f"python tokenizer.py {SMALL} --stage 2 --checkpoint {toy / 'nativetok_4.pt'} "
         f"--out {tmp_path} --steps 3 --gan_start 2 --discriminator_first 0 --warmup 4 "
         f"--learning_rate 1")
     saved = load(tmp_path / "nativetok_4_stage2.pt")        # after 3 steps, 1 with discriminator
