@@ -39,6 +39,7 @@ def launch(main):
         print(f"{sys.argv[0]}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
         os._exit(2 if isinstance(error, BadInput) else 130)     # waits for no other rank
     if dist.is_initialized():
+        patient_group.cache_clear()     # else its threads would outlive it, and may abort at exit
         dist.destroy_process_group()
 
 
