@@ -312,7 +312,7 @@ def open_pictures(path, size=None):
     return Pictures(name, len(files), shape[1:], read)
 
 
-def dataset_pictures(dataset, limit, rounding="round", tokenizer=None, **how):
+def dataset_pictures(dataset, limit, tokenizer=None, **how):
     """The `subset` of a data set; with a tokenizer its reconstructions. how: for decode_codes."""
     indices = subset(dataset, limit)
 
@@ -330,7 +330,7 @@ def dataset_pictures(dataset, limit, rounding="round", tokenizer=None, **how):
     return Pictures(name, len(indices), (dataset.image_size,) * 2, read)
 
 
-def samples(generator, tokenizer, count, seed, rounding="round", **changes):
+def samples(generator, tokenizer, count, seed, **changes):
     """Classes drawn as often as in the training data. A batch is seeded by (seed, start): the same
     on any number of ranks. changes: of the generator's config."""
     c, device = replace(generator.config, **changes), next(tokenizer.parameters()).device
