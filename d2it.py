@@ -42,7 +42,7 @@ from torch import nn
 import data
 import trainer
 import vqgan
-from generator import find_classes
+from generator import find_classes, save_grid
 from trainer import BadInput, TrainConfig
 
 
@@ -610,8 +610,7 @@ def sample(args):
     images = dvae.decode(z, maps).clamp(0, 1)  # [n, 3, H, W]
     pairs = torch.stack([images, map_pictures(maps, images.shape[-1])], 1)  # [n, 2, 3, H, W]
     path = Path(args.output or args.out / "d2it_samples.png")
-    scale = max(1, 64 // images.shape[-1])
-    data.save_picture(data.picture_grid(pairs.flatten(0, 1), 16, scale), path)
+    save_grid(pairs.flatten(0, 1), path)
     print(f"{path}: {n} samples, each beside its grain map")
 
 
@@ -623,9 +622,10 @@ def main():
     if stage == "dvae":
         add("--convnext", metavar="FILE", default="weights/convnext_small.pth")
     if stage == "content":
-        add("--baseline", action="store_true", help="train DiT on fine codes; --patch_size 1 or 2")
-        add("--preset", choices=[name for name in PRESETS if "it_" in name],
-            metavar="NAME", help="d2it_b, dit_l, ..: instead of --baseline")
+        either = parser.add_mutually_exclusive_group().add_argument
+        either("--baseline", action="store_true", help="DiT on fine codes; --patch_size 1 or 2")
+        either("--preset", choices=[name for name in PRESETS if "it_" in name], metavar="NAME",
+               help="instead: d2it_b, dit_l, ..")
     add("--params", action="store_true", help="print sizes beside the paper's")
     add("--sample", type=int, metavar="N", help="write N new images with their grain maps")
     add("--classes", help="names or numbers, such as 3,bag")

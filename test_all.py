@@ -2280,7 +2280,7 @@ trainer.launch(d2it.main)
 """
 
 
-@pytest.mark.parametrize("stage", ["dvae", "content"])
+@pytest.mark.parametrize("stage", ["dvae", "grain", "content"])
 def test_d2it_on_two_ranks_is_d2it_on_one(toy, tmp_path, stage):
     (tmp_path / "same.py").write_text(SAME_DRAWS)
     outs = [folder_without(toy, tmp_path / part, f"d2it_{stage}") for part in ("one", "two")]

@@ -153,7 +153,8 @@ def tables(numbers):
 
     scores = numbers["fd"]
     dvae = [["1. DVAE", "codes per image", "MSE", "FD"]] + [
-        [rule, f"{row['codes']:.1f}", f"{row['mse']:.5f}", f"{row.get('fd', math.nan):.2f}"]
+        [rule, f"{row['codes']:.1f}", f"{row['mse']:.5f}",
+         f"{row['fd']:.2f}" if "fd" in row else ""]
         for rule, row in numbers["rate_distortion"].items()]
     source = [["2. map in sampling", "FD", "minus true"]] + [
         [name, spread(scores[name]), minus(name, "true")]

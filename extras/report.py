@@ -385,7 +385,7 @@ def half_width(values):
 def spread(values, form=".2f"):
     """One value per seed -> "mean ± half_width"; of one seed the value alone."""
     half = half_width(values)
-    return f"{np.mean(values):{form}}" + ("" if half is None else f" ± {half:.2f}")
+    return f"{np.mean(values):{form}}" + ("" if half is None else f" ± {half:{form.strip('+')}}")
 
 
 def table(bench, scores):
