@@ -1,6 +1,6 @@
 # make sample        64 new images in out/samples.png, from trained toy weights in assets/toy
 # make demo          the whole pipeline at toy size on two CPU cores; ends in out/toy/report.html
-# make demo LONG=1   the same models trained five times longer, in out/toy_long
+# make demo LONG=1   the same models trained several times longer, in out/toy_long
 # make test          the test suite
 # make paper         the paper's tables and figures at toy size, see below
 # make evidence      its claims tested with longer training, see below
@@ -30,20 +30,18 @@ FLAGS = --config toy --data "$$(cat $(OUT)/data)" --out $(OUT) --seed $(SEED)
 
 # One thread per process: threads that wait for each other slow everything on a busy machine. The
 # first three stages run as two ranks, the later ones side by side.
-RANKS := $(shell test $$(nproc 2>/dev/null || echo 1) -ge 2 && echo 2 || echo 1)
+RANKS := $(shell test $$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1) -ge 2 && echo 2 || echo 1)
 TWO_RANKS := OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS)
 GET_DATA = if [ "$(DATA)" = auto ]; then $(MAKE) --no-print-directory data/fashion-mnist; fi
-.PHONY: demo vqgan classifier stage1 hnt stage2 ar maskgit sample test clean
+.PHONY: demo vqgan stage1 hnt stage2 ar maskgit sample test clean
 demo: .venv/ready
 	@$(PIP) matplotlib
 	+@$(GET_DATA)
 	$(PY) data.py --data $(DATA) --note $(OUT)/data
-	$(MAKE) --no-print-directory --jobs=3 maskgit ar stage2 classifier
-	$(PY) -m extras.report $(FLAGS) --images 5000
+	$(MAKE) --no-print-directory --jobs=3 maskgit ar stage2
+	$(PY) -m extras.report $(FLAGS) --images 2500
 vqgan:
 	$(TWO_RANKS) vqgan.py $(FLAGS) --resume $(VQGAN_STEPS)
-classifier: hnt
-	@test -e $(OUT)/fd_classifier.pt || OMP_NUM_THREADS=1 $(PY) -m extras.report scores $(FLAGS) --images 10 > /dev/null
 stage1: vqgan
 	$(TWO_RANKS) tokenizer.py $(FLAGS) --resume --tokens 8 $(TOKENIZER_STEPS)
 hnt: stage1
@@ -65,17 +63,15 @@ sample: .venv/ready
 D2IT = OMP_NUM_THREADS=1 $(PY) d2it.py --config toy --data "$$(cat $(OUT)/data)" --resume
 SEED_IN = --seed $* --out $(OUT)$(patsubst /d2it_seed0,,/d2it_seed$*)
 D2IT_RUNS := $(foreach n,0 1 2,d2it_content_$(n) d2it_dit2_$(n) d2it_dit1_$(n) d2it_grain_$(n))
-.PHONY: d2it d2it_dvae d2it_classifier
+.PHONY: d2it d2it_dvae
 d2it: .venv/ready
 	+@$(GET_DATA)
 	$(PY) data.py --data $(DATA) --note $(OUT)/data
-	$(MAKE) --no-print-directory --jobs=2 d2it_dvae d2it_classifier $(D2IT_RUNS)
+	$(MAKE) --no-print-directory --jobs=2 d2it_dvae $(D2IT_RUNS)
 	$(PY) -m extras.d2it_report $(FLAGS)
 d2it_dvae:
 	$(D2IT) --stage dvae --out $(OUT)
 	@for n in 1 2; do mkdir -p $(OUT)/d2it_seed$$n; cp $(OUT)/d2it_dvae.pt $(OUT)/d2it_seed$$n; done
-d2it_classifier:
-	OMP_NUM_THREADS=1 $(PY) -m extras.d2it_report classifier $(FLAGS) > /dev/null
 d2it_grain_%: d2it_dvae
 	$(D2IT) --stage grain $(SEED_IN)
 d2it_content_%: d2it_dvae
@@ -119,7 +115,7 @@ S := 8
 M := 16
 L := 32
 RUN := OMP_NUM_THREADS=1 $(PY)
-JOBS ?= $(shell nproc)
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc)
 PAPER_STAGE1 := --steps 700
 PAPER_HNT := --steps 500
 PAPER_STAGE2 := --steps 300
@@ -188,7 +184,7 @@ ifeq ($(MAKELEVEL),0)       # make -j table1 table3a: one after the other, each 
 endif
 paper $(TABLES): .venv/ready
 	@for file in $(PAPER_FILES); do test -e $$file || \
-	    { echo "$$file: not found. See docs/full_size.md" >&2; exit 2; }; done
+	    { echo "$$file: not found. See docs/full_size.md and docs/fid.md" >&2; exit 2; }; done
 	$(PIP) matplotlib
 	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(call DONE_IN,$(NEEDS_$@))
 	$(PY) -m extras.paper $@ --config $(CONFIG) --data "$$(cat $(PAPER)/data)" --out $(PAPER) \

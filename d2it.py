@@ -31,7 +31,6 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -68,15 +67,15 @@ class DVAEConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    model: Literal["grain", "d2it", "dit"]  # --stage grain; content; content --baseline
+    model: Literal["grain", "d2it", "dit"]  # read off --stage and --baseline
     width: int                      # D
     heads: int                      # h
     base_layers: int                # DiT blocks
     refine_layers: int = 0          # d2it: DiT blocks on the codes of fine regions
     patch_size: int = 2             # dit: codes per side of a token
-    grid: int = 16                  # G, from the DVAE
-    latent_channels: int = 4        # C, from the DVAE
-    num_classes: int = 1000         # from the data
+    grid: int = 16                  # G, read off the DVAE
+    latent_channels: int = 4        # C, read off the DVAE
+    num_classes: int = 1000         # read off the data
     sampler: Literal["ddim", "ddpm"] = "ddim"   # of sampling
     sampling_steps: int = 50        # of the 1000
     guidance_scale: float = 1.5     # 1: none
@@ -512,7 +511,6 @@ def build(config):
 
 
 def print_params():
-    """Parameters of all presets, in millions, beside the paper's."""
     for name, config in PRESETS.items():
         with torch.device("meta"):
             model = build(config)
@@ -609,7 +607,7 @@ def sample(args):
     z = sample_latents(content, labels, maps, generator)
     images = dvae.decode(z, maps).clamp(0, 1)  # [n, 3, H, W]
     pairs = torch.stack([images, map_pictures(maps, images.shape[-1])], 1)  # [n, 2, 3, H, W]
-    path = Path(args.output or args.out / "d2it_samples.png")
+    path = args.output or args.out / "d2it_samples.png"
     save_grid(pairs.flatten(0, 1), path)
     print(f"{path}: {n} samples, each beside its grain map")
 
@@ -634,6 +632,8 @@ def main():
     if args.params:
         return print_params()
     if args.sample is not None:
+        others = {*TrainConfig.__dataclass_fields__, *CONFIGS[stage].__dataclass_fields__}
+        trainer.refuse(args, others - {*SAMPLING} | {"baseline", "preset"}, "not with --sample")
         return sample(args)
     trainer.refuse(args, ("classes", "output"), "only with --sample")
     toy, size = args.config == "toy", {"toy": "toy", "small": "b", "full": "xl"}[args.config]

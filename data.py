@@ -237,9 +237,13 @@ def decode_image(path, image_size, draft=False):
     not quite the same pixels, so not for scores."""
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-        stored = image.tile[0][3] if image.format == "TIFF" else ""
+        stored = image.tile[0][3] if image.format in ("PNG", "TIFF") else ""
         if (image.mode in ("F", "I") and image.format != "PNG") or "I;12" in stored:
             raise ValueError("the range of its pixels is not known; up to 8, or 16 bits are read")
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(stored)
+        if scale and "transparency" in image.info:      # Pillow scales the pixels only
+            clear = np.multiply(image.info["transparency"], scale).astype(int)
+            image.info["transparency"] = clear.tolist()
         if draft:
             image.draft(None, (2 * image_size, 2 * image_size))
         image = ImageOps.exif_transpose(image)

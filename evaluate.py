@@ -422,7 +422,7 @@ def open_both(args):
     fake = samples(generator, tokenizer, args.samples, args.seed, **changes)
     if args.reference:
         return open_pictures(args.reference, args.size), [fake]
-    dataset = data.open_dataset(args.data, "train", tokenizer.config.image_size)
+    dataset = data.open_dataset(args.data, "train", args.size or tokenizer.config.image_size)
     if list(dataset.classes) != generator.classes:
         raise BadInput(f"{args.generator}: trained on other classes than --data {args.data}'s")
     return dataset_pictures(dataset, args.images), [fake]
@@ -466,6 +466,7 @@ def main():
     if args.save:
         raw, fake = Path(f"{args.save}.npy"), fakes[0]
         if rank == 0:
+            raw.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(raw, "w+", np.uint8, (fake.count, *fake.size, 3))
         trainer.gather(None)
         copy = np.load(raw, mmap_mode="r+")                 # each rank writes its share
@@ -489,7 +490,8 @@ def main():
         np.savez(args.save, copy)       # as arr_0, never all in memory
         raw.unlink()
     if args.json and rank == 0:
-        args.json.write_text(json.dumps(results[0] | {"others": results[1:]}, indent=1) + "\n")
+        text = json.dumps(results[0] | {"others": results[1:]}, indent=1) + "\n"
+        trainer.write_atomically(args.json, lambda temporary: temporary.write_text(text))
 
 
 if __name__ == "__main__":

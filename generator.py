@@ -12,7 +12,7 @@ Letters: B batch, H W pixels, L tokens, K codes in the codebook, D width, h head
 sequence, n images of a set. With guidance, R = 2B sequences: with their class, then without.
 """
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -351,9 +351,9 @@ PRESETS = {
     "titok_s_128": replace(UVIT_L, temperature=2.8, guidance_scale=6.9, guidance="power-cosine",
                            sampling_steps=64),  # its published samples
 }
-TOY_TRAINING = TrainConfig(steps=700, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4,
+TOY_TRAINING = TrainConfig(steps=600, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4,
                            warmup=50, beta2=0.95, weight_decay=0.05, ema=0.99, workers=0,
-                           log_every=25, save_every=350, preview_every=350)
+                           log_every=25, save_every=300, preview_every=300)
 AR_TRAINING = TrainConfig(steps=1_500_000, micro_batch=256, end_learning_rate=1e-4, warmup=0,
                           beta2=0.95, weight_decay=0.05, ema=0.9999)  # 300 epochs, constant rate
 MASKGIT_TRAINING = TrainConfig(batch_size=2048, micro_batch=512, learning_rate=2e-4, warmup=10_000,
@@ -362,7 +362,7 @@ TRAINING = {
     "ar_toy": TOY_TRAINING,
     "ar_small": replace(AR_TRAINING, micro_batch=128),
     "ar_full": AR_TRAINING,
-    "maskgit_toy": replace(TOY_TRAINING, steps=1100, beta2=0.96, weight_decay=0.03),
+    "maskgit_toy": replace(TOY_TRAINING, steps=900, beta2=0.96, weight_decay=0.03),
     "maskgit_small": replace(MASKGIT_TRAINING, micro_batch=128),
     "maskgit_full": MASKGIT_TRAINING,
 }
@@ -429,10 +429,6 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
     return codes
 
 
-def load_codes(folder):  # -> [views, n, L]
-    return np.concatenate([*map(np.load, sorted(Path(folder).glob("part_*.npy")))], axis=1)
-
-
 def code_batches(codes, labels, batch_size, seed, step=0, rank=0, world=1, accumulate=1):
     """As data.batches, for codes [views, n, L]: endless (codes int64 [b, L], labels int64 [b]). An
     image's views take turns by epoch."""
@@ -452,7 +448,7 @@ def train(args, config, tokenizer_path):
     room = 1.1 if config.views == 10 else 1  # for ten crops
     size = int(room * tokenizer.config.image_size)
     dataset = data.open_dataset(args.data, "train", size, draft=True)
-    if getattr(args, "tokens", config.tokens) != tokenizer.config.tokens and args.tokenizer:
+    if getattr(args, "tokens", tokenizer.config.tokens) != tokenizer.config.tokens:
         raise BadInput(f"--tokens {args.tokens}: {tokenizer_path} has {tokenizer.config.tokens}")
     config = replace(config, tokens=tokenizer.config.tokens, num_classes=len(dataset.classes),
                      codebook_size=tokenizer.config.codebook_size)
@@ -571,7 +567,7 @@ def sample_pictures(args, tokenizer_path, path, changes):
 
 
 def main():
-    parser = trainer.command_line(__doc__, TrainConfig)
+    parser = trainer.command_line(__doc__, TrainConfig, GeneratorConfig)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE", help="default: the NativeTok of --tokens in --out")
     add("--preset", choices=tuple(PRESETS), metavar="NAME",
@@ -580,9 +576,6 @@ def main():
     add("--classes", help="of --sample: names or numbers, such as 3,bag; default: all")
     add("--separate", action="store_true", help="of --sample: files in a folder, not a grid")
     add("--output", metavar="PATH", help="of --sample: a .png, or with --separate a folder")
-    names = {field.name for field in fields(GeneratorConfig)} - {"codebook_size", "num_classes"}
-    trainer.add_fields(parser.add_argument_group("GeneratorConfig, defaults by --preset"),
-                       GeneratorConfig, names)
     args = trainer.parse(parser)
     preset = args.preset or f"{getattr(args, 'mode', 'ar')}_{args.config}"
     config = trainer.override(PRESETS[preset], args)
@@ -592,8 +585,8 @@ def main():
     if args.sample is None:
         trainer.refuse(args, ("classes", "separate", "output"), "only with --sample")
     else:
-        others = {*TrainConfig.__dataclass_fields__, *names} - {"mode", "tokens", *SAMPLING}
-        trainer.refuse(args, others, "not with --sample")
+        others = TrainConfig.__dataclass_fields__ | GeneratorConfig.__dataclass_fields__
+        trainer.refuse(args, others.keys() - {"mode", "tokens", *SAMPLING}, "not with --sample")
     tokenizer_path = args.tokenizer or default_tokenizer(args.out, config.tokens)
     if args.sample is not None:
         path = args.out / f"{config.mode}_{codes_name(tokenizer_path)}.pt"

@@ -32,7 +32,7 @@ from trainer import BadInput, TrainConfig
 
 FROZEN_SHARE = {"full": 0.0, "reuse": 1.0, "reuse+finetune": 0.9}       # of the steps
 TRAINING = {
-    "toy": TrainConfig(steps=1000, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
+    "toy": TrainConfig(steps=700, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
                        warmup=20, ema=0.99, workers=0, log_every=40, save_every=300,
                        preview_every=600),
     "small": TrainConfig(), "full": TrainConfig()}    # 450,000 steps frozen, as in appendix F.1
@@ -107,7 +107,7 @@ def train(args):
     loss_fn = run.parallel(Stage1Loss(model))
     optimizer = trainer.adamw(model, training)  # holds what trains, nothing else
     ema = trainer.Ema(model, training.ema)
-    run.say(f"{source_path}: {reused} -> {tokens} tokens; the first {frozen_steps} are frozen")
+    run.say(f"{source_path}: {reused} -> {tokens} tokens; {frozen_steps} steps with the old frozen")
     run.start(model=model, ema=ema, optimizer=optimizer)
     batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
                            training.workers)

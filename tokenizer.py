@@ -376,7 +376,7 @@ PRESETS = {
     "titok_l_32": TITOK_L,
 }
 PRESETS |= {f"nativetok_{tokens}": replace(FULL, tokens=tokens) for tokens in (32, 64, 128)}
-TOY_TRAINING = TrainConfig(steps=1600, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
+TOY_TRAINING = TrainConfig(steps=1200, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
                            warmup=50, ema=0.99, workers=0, log_every=50, save_every=300,
                            preview_every=600)
 TRAINING = {  # by --config and stage
@@ -536,6 +536,8 @@ def train_stage2(args):
         raise BadInput(f"{source}: has been through stage 2 already. Start from the stage 1 file")
     config, training = model.config, trainer.override(TRAINING[args.config, 2], args)
     weights = trainer.override(STAGE2[args.config], args)
+    if weights.discriminator == "features" and weights.perceptual != "small":
+        raise BadInput("--discriminator features: needs --perceptual small. Or give patch")
     train_set, originals = open_images(args, config.image_size)
     run = trainer.Run(args, "tokenizer", f"{config.model}_{config.tokens}_stage2", config, training,
                       train_set, losses=asdict(weights), source=trainer.fingerprint(model))

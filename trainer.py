@@ -43,7 +43,8 @@ def launch(main):
         dist.destroy_process_group()
 
 
-# ---- Settings: a field of a dataclass is a flag, and the comment beside it is the flag's help
+# ---- Settings: a field of a dataclass is a flag, and the comment beside it is the flag's help. One
+# that is "read off" something is no flag
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -61,7 +62,7 @@ class TrainConfig:
     ema: float = 0.999                  # decay of the averaged weights, used by all later stages
     bf16: bool = True                   # bfloat16 autocast on CUDA
     compile: bool = False               # torch.compile the transformer blocks
-    recompute: bool = False             # run experts again in backward; on at full size for L > 64
+    recompute: bool = False             # run experts again in backward; on by itself for L > 64
     workers: int = 8                    # processes that decode images, per rank
     log_every: int = 100                # steps between two lines of the log
     save_every: int = 5_000             # steps between two checkpoints
@@ -83,9 +84,9 @@ class ArgumentParser(argparse.ArgumentParser):
         raise BadInput(f"{message}. All flags: python {self.prog} -h")
 
 
-def command_line(description, *config_classes):
+def command_line(description, *config_classes, **kwargs):
     """A parser with the flags of all stages, and one for each field of the given dataclasses."""
-    parser = ArgumentParser(description)
+    parser = ArgumentParser(description, **kwargs)
     add = parser.add_argument
     add("--config", choices=("toy", "small", "full"), metavar="NAME",
         help="toy, small or full; default: full with CUDA, else toy")
@@ -107,7 +108,7 @@ def add_fields(parser, cls, names=None):
     comments = dict(re.findall(r"(?m)^    (\w+): [^#\n]+#\s*(.*)$", inspect.getsource(cls)))
     for field in fields(cls):
         kind, text = field.type, comments.get(field.name, "")
-        if is_dataclass(kind) or (names and field.name not in names):
+        if is_dataclass(kind) or "read off" in text or (names and field.name not in names):
             continue
         how = {"metavar": "", "type": finite if kind is float else kind}
         if kind is bool:
@@ -137,6 +138,8 @@ def refuse(args, names, why):
 def parse(parser):
     """Parse the flags and fill in --config, --data, --out and --device."""
     args = parser.parse_args()
+    if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise BadInput("--overwrite: a restart would delete what is saved. Give --resume")
     default = ("full", "CUDA is present") if torch.cuda.is_available() else ("toy", "no CUDA here")
     args.config, args.why = (args.config, "asked for") if args.config else default
     args.data = args.data or ("auto" if args.config == "toy" else "data/imagenet")

@@ -1,6 +1,6 @@
 """Stage 0: a 2-D VQGAN turns an image into a grid of codes, and the codes into an image.
 
-    python vqgan.py     # train (toy: 90 s on two CPU cores)
+    python vqgan.py     # train (toy: a minute on two CPU cores)
 
 Stage 1 (tokenizer.py) predicts this network's codes; stage 2 fine-tunes a copy of its decoder. The
 network is MaskGIT-VQGAN's, whose public weights the paper builds on; the toy is smaller, compares
@@ -53,7 +53,7 @@ PRESETS = {
                        perceptual_weight=0.03, revive_below=0.05),
     "small": VQGANConfig(), "full": VQGANConfig()}
 TRAINING = {
-    "toy": TrainConfig(steps=1500, batch_size=16, learning_rate=4e-3, end_learning_rate=1e-4,
+    "toy": TrainConfig(steps=900, batch_size=16, learning_rate=4e-3, end_learning_rate=1e-4,
                        warmup=50, ema=0.995, workers=0, log_every=25, save_every=200,
                        preview_every=200),
     "small": TrainConfig(), "full": TrainConfig()}
@@ -235,7 +235,8 @@ def load_vqgan(path, device="cpu"):
     """A trained one, in eval mode."""
     make = "python vqgan.py, or take the public weights: python -m extras.pretrained vqgan FILE"
     checkpoint = trainer.load_checkpoint(path, "vqgan", make)
-    return trainer.load_model(VQGAN, VQGANConfig, checkpoint, path).to(device)
+    model = trainer.load_model(VQGAN, VQGANConfig, checkpoint, path)
+    return model.to(device, memory_format=torch.channels_last)      # faster convolutions
 
 
 # ---- Perceptual networks (stages 0 and 2) and discriminators (stage 2)
@@ -283,6 +284,7 @@ def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
+        optimizer.zero_grad()       # or stage 2 would count these gradients when it clips
     saved = {"data": dataset.fingerprint, "model": model.state_dict()}
     trainer.write_atomically(path, lambda temporary: torch.save(saved, temporary))
     return model.eval().requires_grad_(False)
@@ -425,7 +427,7 @@ def train(args):
     preview_set = data.open_dataset(args.data, "val", config.image_size)
     originals = next(data.all_images(preview_set, 16))[0].to(run.device)  # [16, 3, H, W]
 
-    model = VQGAN(config).to(run.device, memory_format=torch.channels_last)     # faster
+    model = VQGAN(config).to(run.device, memory_format=torch.channels_last)
     perceptual = perceptual_network(config.perceptual, train_set, args.out, args.convnext,
                                     run.device)
     parallel = run.parallel(model)

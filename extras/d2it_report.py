@@ -1,7 +1,6 @@
 """What D2iT shows at toy size: the tables of `make d2it`, d2it.json, two pictures.
 
-    python -m extras.d2it_report                # seed 0 is in --out, others in --out/d2it_seed1, ..
-    python -m extras.d2it_report classifier     # only the FD-classifier, which needs no stage
+    python -m extras.d2it_report    # seed 0 is in --out, others in --out/d2it_seed1, ..
 
 FD is the Fréchet distance of extras/report.py's classifier, not FID; it depends on the number of
 images, so compare equal numbers only. Letters as in d2it.py; n images.
@@ -173,18 +172,14 @@ def tables(numbers):
 
 
 def main():
-    parser = trainer.command_line(__doc__)
+    parser = trainer.command_line(__doc__, prog="-m extras.d2it_report")
     add = parser.add_argument
-    add("what", nargs="?", choices=("report", "classifier"), default="report")
     add("--seeds", type=int, default=3, help="how many were trained")
     add("--images", type=int, default=3_000, help="test images to score")
     add("--samples", type=int, default=300, help="new images to score")
     args = trainer.parse(parser)
     torch.set_num_threads(1)            # Bench has threads of its own
-    bench = Bench(args, d2it.PRESETS["dvae_toy"].image_size)
-    if args.what == "classifier":
-        return bench.classifier
-    numbers = measure(args, bench)
+    numbers = measure(args, Bench(args, d2it.PRESETS["dvae_toy"].image_size))
     trainer.write_atomically(args.out / "d2it.json",
                              lambda file: file.write_text(json.dumps(numbers, indent=1) + "\n"))
     print(tables(numbers), f"\n\n{args.out}/d2it.json, d2it_maps.png")

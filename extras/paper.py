@@ -245,10 +245,10 @@ def publish(paper, name):
     args, bench, method = paper.args, paper.bench, getattr(paper, name)
     seeds = 1 if name == "table3c" or name.startswith("fig") else len(paper.seeds)
     made = {"title": method.__doc__, "seeds": seeds, "tables": [], "notes": [], **method()}
-    made["notes"].append(
-        f"{args.config} size, {len(bench.labels):,} images of {bench.test.name}, "
-        f"{len(bench.sample_labels):,} samples; {machine(bench.device)}; torch "
-        f"{torch.__version__}. Seeds: {seeds}, {INTERVAL}.")
+    scored = "" if paper.fid else (f", {len(bench.labels):,} images of {bench.test.name}, "
+                                   f"{len(bench.sample_labels):,} samples")
+    made["notes"].append(f"{args.config} size{scored}; {machine(bench.device)}; torch "
+                         f"{torch.__version__}. Seeds: {seeds}, {INTERVAL}.")
     if paper.r in str(made["tables"]):
         made["notes"].append("FID by evaluate.py, its protocol in the .json files." if paper.fid
                              else "FD: Fréchet distance by a small network; not FID. Compare which "
@@ -342,7 +342,7 @@ def normal(args):
 
 
 def main():
-    parser = trainer.command_line(__doc__)
+    parser = trainer.command_line(__doc__, prog="-m extras.paper")
     commands = {"seed": score_seed, "evidence": evidence, "normal": normal}     # of the study
     add = parser.add_argument
     add("what", choices=(*NAMES, "paper", *commands))

@@ -130,7 +130,8 @@ def write_vqgan(file, path):
 def write_half(file, path):
     """A checkpoint's averaged weights in half precision, without what only --resume reads."""
     saved = trainer.load_checkpoint(file, ("tokenizer", "ar", "maskgit"), "see README.md")
-    kept = "stage", "step", "config", "training", "settings", "classes", "tokenizer"
+    kept = ("stage", "step", "config", "training", "settings", "classes", "class_counts",
+            "tokenizer")
     checkpoint = {name: saved[name] for name in kept if name in saved}
     checkpoint["model"] = {name: value.half() if value.is_floating_point() else value
                            for name, value in saved["ema"]["model"].items()}
