@@ -39,7 +39,7 @@ demo: .venv/ready
 	+@$(GET_DATA)
 	$(PY) data.py --data $(DATA) --note $(OUT)/data
 	$(MAKE) --no-print-directory --jobs=3 maskgit ar stage2
-	$(PY) -m extras.report $(FLAGS) --images 2500
+	$(PY) -m extras.report $(FLAGS) --images 2500 --samples 1500
 vqgan:
 	$(TWO_RANKS) vqgan.py $(FLAGS) --resume $(VQGAN_STEPS)
 stage1: vqgan

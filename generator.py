@@ -339,21 +339,22 @@ LOSSES = {"ar": ar_loss, "maskgit": maskgit_loss}
 UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, guidance_scale=5.5,
                          softmax_temperature_annealing=True)  # 8 steps, as in Table 2
 TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4,
-                      dropout=0.0, views=1, guidance_scale=1.5)
+                      dropout=0.0, views=1)
 PRESETS = {
     "ar_toy": TOY,
     "ar_small": GeneratorConfig(),
     "ar_full": GeneratorConfig(),  # LlamaGen-B
     "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),
-    "maskgit_toy": replace(TOY, mode="maskgit", temperature=2.75),  # at 1, samples repeat
+    "maskgit_toy": replace(TOY, mode="maskgit", guidance_scale=1.5,
+                           temperature=2.5),  # at 1, samples repeat
     "maskgit_small": replace(UVIT_L, tokens=32, width=768, layers=12, heads=12),
     "maskgit_full": UVIT_L,
     "titok_s_128": replace(UVIT_L, temperature=2.8, guidance_scale=6.9, guidance="power-cosine",
                            sampling_steps=64),  # its published samples
 }
-TOY_TRAINING = TrainConfig(steps=600, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4,
+TOY_TRAINING = TrainConfig(steps=700, batch_size=64, learning_rate=1e-3, end_learning_rate=1e-4,
                            warmup=50, beta2=0.95, weight_decay=0.05, ema=0.99, workers=0,
-                           log_every=25, save_every=300, preview_every=300)
+                           log_every=25, save_every=350, preview_every=350)
 AR_TRAINING = TrainConfig(steps=1_500_000, micro_batch=256, end_learning_rate=1e-4, warmup=0,
                           beta2=0.95, weight_decay=0.05, ema=0.9999)  # 300 epochs, constant rate
 MASKGIT_TRAINING = TrainConfig(batch_size=2048, micro_batch=512, learning_rate=2e-4, warmup=10_000,
@@ -362,7 +363,7 @@ TRAINING = {
     "ar_toy": TOY_TRAINING,
     "ar_small": replace(AR_TRAINING, micro_batch=128),
     "ar_full": AR_TRAINING,
-    "maskgit_toy": replace(TOY_TRAINING, steps=900, beta2=0.96, weight_decay=0.03),
+    "maskgit_toy": replace(TOY_TRAINING, steps=850, beta2=0.96, weight_decay=0.03),
     "maskgit_small": replace(MASKGIT_TRAINING, micro_batch=128),
     "maskgit_full": MASKGIT_TRAINING,
 }

@@ -381,7 +381,7 @@ TOY_TRAINING = TrainConfig(steps=1200, batch_size=16, learning_rate=1e-3, end_le
                            preview_every=600)
 TRAINING = {  # by --config and stage
     ("toy", 1): TOY_TRAINING,
-    ("toy", 2): replace(TOY_TRAINING, steps=400, learning_rate=2e-4, end_learning_rate=1e-5,
+    ("toy", 2): replace(TOY_TRAINING, steps=500, learning_rate=2e-4, end_learning_rate=1e-5,
                         warmup=20, beta2=0.999, log_every=25, save_every=200, preview_every=200),
     ("small", 1): TrainConfig(),
     ("small", 2): TrainConfig(beta2=0.999, micro_batch=16),
@@ -480,7 +480,7 @@ class Stage2Config:
     sharpen: float = 1.0                # multiply the decoder's logits by this at the start
 
 
-STAGE2 = {  # a PatchGAN needs thousands of steps, the toy has 400: docs/results.md
+STAGE2 = {  # a PatchGAN needs thousands of steps, the toy has 500: docs/results.md
     "toy": Stage2Config(perceptual="small", gan_weight=0.1, gan_start=0, sharpen=8.0,
                         discriminator="features", discriminator_first=100),
     "small": Stage2Config(), "full": Stage2Config()}
