@@ -339,13 +339,13 @@ LOSSES = {"ar": ar_loss, "maskgit": maskgit_loss}
 UVIT_L = GeneratorConfig("maskgit", tokens=128, width=1024, layers=20, heads=16, guidance_scale=5.5,
                          softmax_temperature_annealing=True)  # 8 steps, as in Table 2
 TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, layers=4, heads=4,
-                      dropout=0.0, views=1)
+                      dropout=0.0, views=1, guidance_scale=1.5)
 PRESETS = {
     "ar_toy": TOY,
     "ar_small": GeneratorConfig(),
     "ar_full": GeneratorConfig(),  # LlamaGen-B
     "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),
-    "maskgit_toy": replace(TOY, mode="maskgit", guidance_scale=1.5,
+    "maskgit_toy": replace(TOY, mode="maskgit", sampling_steps=10,
                            temperature=2.5),  # at 1, samples repeat
     "maskgit_small": replace(UVIT_L, tokens=32, width=768, layers=12, heads=12),
     "maskgit_full": UVIT_L,
@@ -363,7 +363,8 @@ TRAINING = {
     "ar_toy": TOY_TRAINING,
     "ar_small": replace(AR_TRAINING, micro_batch=128),
     "ar_full": AR_TRAINING,
-    "maskgit_toy": replace(TOY_TRAINING, steps=850, beta2=0.96, weight_decay=0.03),
+    "maskgit_toy": replace(TOY_TRAINING, steps=900, learning_rate=2e-3, beta2=0.99,
+                           weight_decay=0.03),
     "maskgit_small": replace(MASKGIT_TRAINING, micro_batch=128),
     "maskgit_full": MASKGIT_TRAINING,
 }

@@ -212,7 +212,7 @@ def order_curves(bench, ar, tokenizer):
     """Do the codes of the test images have an order? bits: mean -log2 p(code_i | class, codes
     before) under the AR generator; unigram: entropy of code_i alone; mse: of the first `lengths`
     codes decoded, of 250 images."""
-    codes, bits, errors = bench.encode(tokenizer), [], []                   # [n, L]
+    codes, bits = bench.encode(tokenizer), []                               # [n, L]
     for batch, labels in zip(codes.split(BATCH), bench.labels.split(BATCH)):
         batch, labels = batch.to(bench.device), labels.to(bench.device)
         logits = ar(batch, labels).float()      # [B, L, K]; at position i after codes[:, :i]
@@ -221,12 +221,15 @@ def order_curves(bench, ar, tokenizer):
     unigram = [math.log2(codebook_use(column, ar.config.codebook_size)[1]) for column in codes.T]
     tokens = codes.shape[1]
     lengths = sorted({round(k) for k in np.linspace(1, tokens, min(tokens, 32))})
-    for images, _ in images_of(bench.test, min(250, len(codes))):
+
+    def errors_of(images, _):
         images = images.to(bench.device)
         batch = tokenizer.encode(images)                                    # [B, L]
         error = torch.stack([tokenizer.decode_codes(batch[:, :k]) - images for k in lengths])
         error = without_border(error, bench.test.border)                    # [lengths, B, 3, H, W]
-        errors.append(error.square().mean((2, 3, 4)).cpu())
+        return error.square().mean((2, 3, 4)).cpu()
+
+    errors = bench.in_threads(errors_of, images_of(bench.test, min(250, len(codes))))
     return {"bits": torch.cat(bits).mean(0).tolist(), "unigram": unigram, "lengths": lengths,
             "mse": torch.cat(errors, 1).mean(1).tolist()}
 
