@@ -172,9 +172,11 @@ class Bench:
 
     def score_samples(self, generator, tokenizer, **changes):
         """score() of what a generator samples for sample_labels. changes: of its config."""
-        codes = sample_codes(generator, self.sample_labels, self.seed, **changes)   # [samples, L]
-        return self.score(zip(codes.split(BATCH), self.sample_labels.split(BATCH)),
-                          tokenizer.decode_codes)
+        parts = self.sample_labels.split(BATCH)
+        codes = self.in_threads(        # [[BATCH, L], ...]
+            lambda i: sample_codes(generator, parts[i], self.seed * 10 ** 9 + i, **changes),
+            zip(range(len(parts))))
+        return self.score(zip(codes, parts), tokenizer.decode_codes)
 
 
 def measure(bench, files):
@@ -193,16 +195,12 @@ def measure(bench, files):
             decoded = model.decode_codes(model.encode(images), **how)
             pictures["reconstructions"].append((title, decoded))
 
-    def score(title, stage):
-        generator, tokenizer = load_pair(files[stage], files["stage2"], bench.device)
-        scored = {**bench.score_samples(generator, tokenizer),
-                  "guidance_scale": generator.config.guidance_scale}
-        return title, scored, f"samples_{stage}", sample_rows(bench, generator, tokenizer)
-
-    modes = (("AR samples", "ar"), ("MaskGIT samples", "maskgit"))
-    there = [mode for mode in modes if files[mode[1]].exists() and files["stage2"].exists()]
-    for title, scored, name, rows in bench.in_threads(score, there):        # side by side
-        scores[title], pictures[name] = scored, rows
+    for title, stage in (("AR samples", "ar"), ("MaskGIT samples", "maskgit")):
+        if files[stage].exists() and files["stage2"].exists():
+            generator, tokenizer = load_pair(files[stage], files["stage2"], bench.device)
+            scores[title] = {**bench.score_samples(generator, tokenizer),
+                             "guidance_scale": generator.config.guidance_scale}
+            pictures[f"samples_{stage}"] = sample_rows(bench, generator, tokenizer)
     for name, rows in pictures.items():
         data.save_picture(picture_of(rows), bench.out / f"{name}.png")
     return scores, pictures
