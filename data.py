@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from trainer import ArgumentParser, BadInput, first_line, launch, write_atomically
+from trainer import BadInput, first_line, launch, make_parser, write_atomically
 
 say = cache(partial(print, flush=True))     # a line, once per process
 
@@ -237,13 +237,8 @@ def decode_image(path, image_size, draft=False):
     not quite the same pixels, so not for scores."""
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-        stored = image.tile[0][3] if image.format in ("PNG", "TIFF") else ""
-        if (image.mode in ("F", "I") and image.format != "PNG") or "I;12" in stored:
+        if image.format == "TIFF" and (image.mode in ("F", "I") or "I;12" in image.tile[0][3]):
             raise ValueError("the range of its pixels is not known; up to 8, or 16 bits are read")
-        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(stored)
-        if scale and "transparency" in image.info:      # Pillow scales the pixels only
-            clear = np.multiply(image.info["transparency"], scale).astype(int)
-            image.info["transparency"] = clear.tolist()
         if draft:
             image.draft(None, (2 * image_size, 2 * image_size))
         image = ImageOps.exif_transpose(image)
@@ -274,7 +269,11 @@ def open_dataset(name, split, image_size, augment=False, draft=False):
     """The split, "train" or "val", of "fashion", "shapes", a folder, or "auto": fashion if it is
     there, else shapes. augment (see square), draft (see decode_image): for folders. Raises BadInput
     if it is not there."""
-    if folder := find_folder(name):
+    if name not in ("auto", "fashion", "shapes"):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise BadInput(f"--data {name}: no such folder. Give one of images, or of "
+                           "train/<class>/* and val/<class>/*, or auto, fashion or shapes")
         return Folder(folder, split, image_size, augment, draft)
     found = [folder for folder in FASHION_PLACES if len([*folder.glob("*-ubyte.gz")]) >= 4]
     if found and name != "shapes":
@@ -283,17 +282,6 @@ def open_dataset(name, split, image_size, augment=False, draft=False):
         raise BadInput("--data fashion: not found. Install Debian's dataset-fashion-mnist, or put "
                        f"the files from github.com/zalandoresearch in {FASHION_PLACES[0]}")
     return Shapes(split, image_size)
-
-
-def find_folder(name):
-    """The folder that --data names, which must exist; None: auto, fashion or shapes."""
-    if name in ("auto", "fashion", "shapes"):
-        return None
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise BadInput(f"--data {name}: no such folder. Give one of images, or of train/<class>/* "
-                       "and val/<class>/*, or auto, fashion or shapes")
-    return folder
 
 
 def row_order(n, batch_size, seed, step=0):
@@ -372,7 +360,7 @@ def save_picture(image, path):
 
 
 def main():
-    parser = ArgumentParser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", default="auto", help="auto, fashion, shapes or a folder")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--note", metavar="FILE", help="for what auto is")

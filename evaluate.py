@@ -13,7 +13,6 @@ codebook. Images are float32 [B, 3, H, W] in [0, 1], pictures the same in bytes.
 """
 import json
 import warnings
-from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import trainer
 from generator import (NO_FLAGS, SAMPLING, GeneratorConfig, load_pair, open_tokenizer,
                        sample_codes)
 from trainer import BadInput
+from vqgan import FrozenNetwork
 
 BATCH = 100         # images at once, and samples that are drawn by one random generator
 FEATURES = 2048     # F of Inception's pool
@@ -131,112 +131,75 @@ def tf_resize(images, size=299):
     return x
 
 
-def convolution(channels, width, kernel, stride=1, padding="same"):
-    return nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(channels, width, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(width, eps=1e-3), relu=nn.ReLU(inplace=True)))    # TensorFlow's eps
-
-
-class Mixed(nn.Module):
-    """Branches, joined by channel: [B, channels, H, W] -> [B, width, H', W']. A branch is a pooling
-    or None, then convolutions (name, width, kernel, ...)."""
-    def __init__(self, channels, branches):
-        super().__init__()
-        self.branches, self.width = branches, 0
-        for _, *convolutions in branches:
-            width = channels
-            for name, out, *shape in convolutions:
-                setattr(self, name, convolution(width, out, *shape))
-                width = out
-            self.width += width
-
-    def forward(self, x):
-        outputs = []
-        for pool, *convolutions in self.branches:
-            y = pool(x) if pool else x
-            for name, *_ in convolutions:
-                y = getattr(self, name)(y)
-            outputs.append(y)
-        return torch.cat(outputs, 1)
-
-
 average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)     # torchvision: zeros count
 maximum = nn.MaxPool2d(3, 1, 1)
 halve = nn.MaxPool2d(3, 2)
-ROW, COLUMN = (1, 7), (7, 1)
 
 
-def chain(name, *shapes):
-    return [None, *((f"{name}_{i}", *shape) for i, shape in enumerate(shapes, 1))]
-
-
-def mixed_a(width):             # 35 x 35
-    return [[None, ("branch1x1", 64, 1)],
-            chain("branch5x5", (48, 1), (64, 5)),
-            chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-            [average, ("branch_pool", width, 1)]]
-
-
-def mixed_c(w):                 # 17 x 17
-    return [[None, ("branch1x1", 192, 1)],
-            chain("branch7x7", (w, 1), (w, ROW), (192, COLUMN)),
-            chain("branch7x7dbl", (w, 1), (w, COLUMN), (w, ROW), (w, COLUMN), (192, ROW)),
-            [average, ("branch_pool", 192, 1)]]
-
-
-def mixed_e(pool):              # 8 x 8
-    single = chain("branch3x3", (384, 1))
-    double = chain("branch3x3dbl", (448, 1), (384, 3))
-    return [[None, ("branch1x1", 320, 1)],
-            [*single, ("branch3x3_2a", 384, (1, 3))],
-            [*single, ("branch3x3_2b", 384, (3, 1))],
-            [*double, ("branch3x3dbl_3a", 384, (1, 3))],
-            [*double, ("branch3x3dbl_3b", 384, (3, 1))],
-            [pool, ("branch_pool", 192, 1)]]
-
-
-MIXED = {
-    "Mixed_5b": mixed_a(32), "Mixed_5c": mixed_a(64), "Mixed_5d": mixed_a(64),
-    "Mixed_6a": [[None, ("branch3x3", 384, 3, 2, 0)],
-                 chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2, 0)),
-                 [halve]],
-    "Mixed_6b": mixed_c(128), "Mixed_6c": mixed_c(160), "Mixed_6d": mixed_c(160),
-    "Mixed_6e": mixed_c(192),
-    "Mixed_7a": [chain("branch3x3", (192, 1), (320, 3, 2, 0)),
-                 chain("branch7x7x3", (192, 1), (192, ROW), (192, COLUMN), (192, 3, 2, 0)),
-                 [halve]],
-    "Mixed_7b": mixed_e(average), "Mixed_7c": mixed_e(maximum)}     # torchvision: average in both
-
-
-class InceptionFID(nn.Module):
-    """The Inception-v3 of 2015-12-05, of pytorch-fid's file or state dict.
+class InceptionFID(FrozenNetwork):
+    """The Inception-v3 of 2015-12-05, of pytorch-fid's file or state dict, whose names these are.
     Pictures uint8 [B, 3, H, W] of any size -> (pool [B, 2048], logits [B, 1008] without bias)."""
     def __init__(self, path_or_state_dict):
-        super().__init__()
-        self.Conv2d_1a_3x3 = convolution(3, 32, 3, 2, 0)                    # [B, 32, 149, 149]
-        self.Conv2d_2a_3x3 = convolution(32, 32, 3, 1, 0)                   # [B, 32, 147, 147]
-        self.Conv2d_2b_3x3 = convolution(32, 64, 3)                         # [B, 64, 147, 147]
-        self.Conv2d_3b_1x1 = convolution(64, 80, 1)                         # [B, 80, 73, 73]
-        self.Conv2d_4a_3x3 = convolution(80, 192, 3, 1, 0)                  # [B, 192, 71, 71]
-        width = 192
-        for name, branches in MIXED.items():
-            setattr(self, name, Mixed(width, branches))
-            width = getattr(self, name).width       # 256, 288, 288, 768 x 5, 1280, 2048, 2048
-        self.fc = nn.Linear(2048, 1008)
-        self.load_state_dict(trainer.read_weights(path_or_state_dict))
+        super().__init__(path_or_state_dict)
+        if getattr(self, "fc/weight", torch.empty(0)).shape != (1008, 2048):    # torchvision's: 1000
+            raise BadInput(f"{path_or_state_dict}: not pytorch-fid's Inception of 2015")
         self.fingerprint = trainer.fingerprint(self)
-        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def conv(self, x, name, stride=1, padding="same"):
+        """[B, C_in, H, W] -> [B, C_out, H', W']: convolution, batch norm, ReLU."""
+        weight, *norm = self.get(name, "conv.weight", "bn.running_mean", "bn.running_var",
+                                 "bn.weight", "bn.bias")
+        x = F.conv2d(x, weight, stride=stride, padding=padding)
+        return F.relu(F.batch_norm(x, *norm, eps=1e-3), inplace=True)       # TensorFlow's eps
+
+    def chain(self, x, name, count, **last):
+        """Convolutions name_1 .. name_count; last: for the last one."""
+        for i in range(1, count + 1):
+            x = self.conv(x, f"{name}_{i}", **(last if i == count else {}))
+        return x
+
+    def mixed_5(self, x, name):     # [B, 192 .. 288, 35, 35]
+        return torch.cat([self.conv(x, f"{name}.branch1x1"), self.chain(x, f"{name}.branch5x5", 2),
+                          self.chain(x, f"{name}.branch3x3dbl", 3),
+                          self.conv(average(x), f"{name}.branch_pool")], 1)
+
+    def mixed_6(self, x, name):     # [B, 768, 17, 17]
+        return torch.cat([self.conv(x, f"{name}.branch1x1"), self.chain(x, f"{name}.branch7x7", 3),
+                          self.chain(x, f"{name}.branch7x7dbl", 5),
+                          self.conv(average(x), f"{name}.branch_pool")], 1)
+
+    def mixed_7(self, x, name, pool):       # [B, 1280 or 2048, 8, 8]
+        single = self.conv(x, f"{name}.branch3x3_1")
+        double = self.chain(x, f"{name}.branch3x3dbl", 2)
+        return torch.cat([self.conv(x, f"{name}.branch1x1"),
+                          *(self.conv(single, f"{name}.branch3x3_2{side}") for side in "ab"),
+                          *(self.conv(double, f"{name}.branch3x3dbl_3{side}") for side in "ab"),
+                          self.conv(pool(x), f"{name}.branch_pool")], 1)
+
+    def features(self, x):      # [B, 3, 299, 299] -> [B, 2048, 8, 8]
+        half = {"stride": 2, "padding": 0}
+        x = self.conv(self.conv(x, "Conv2d_1a_3x3", **half), "Conv2d_2a_3x3", padding=0)
+        x = halve(self.conv(x, "Conv2d_2b_3x3"))                            # [B, 64, 73, 73]
+        x = self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", padding=0)
+        x = halve(x)                                                        # [B, 192, 35, 35]
+        for letter in "bcd":
+            x = self.mixed_5(x, f"Mixed_5{letter}")                         # [B, 288, 35, 35]
+        x = torch.cat([self.conv(x, "Mixed_6a.branch3x3", **half),
+                       self.chain(x, "Mixed_6a.branch3x3dbl", 3, **half), halve(x)], 1)
+        for letter in "bcde":
+            x = self.mixed_6(x, f"Mixed_6{letter}")                         # [B, 768, 17, 17]
+        x = torch.cat([self.chain(x, "Mixed_7a.branch3x3", 2, **half),
+                       self.chain(x, "Mixed_7a.branch7x7x3", 4, **half), halve(x)], 1)
+        x = self.mixed_7(x, "Mixed_7b", average)                            # [B, 2048, 8, 8]
+        return self.mixed_7(x, "Mixed_7c", maximum)     # torchvision: average here, too
 
     def forward(self, images):
         x = (tf_resize(images) - 128) / 128                                 # [B, 3, 299, 299]
         x = x.contiguous(memory_format=torch.channels_last)
+        weight, = self.get("fc", "weight")                                  # [1008, 2048]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # 10 bits of mantissa
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-            x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x))))     # [B, 192, 35, 35]
-            for name in MIXED:
-                x = getattr(self, name)(x)
-            pool = x.mean((2, 3), keepdim=True)                             # [B, 2048, 1, 1]
-            logits = F.conv2d(pool, self.fc.weight[:, :, None, None])       # a Linear may use TF32
+            pool = self.features(x).mean((2, 3), keepdim=True)              # [B, 2048, 1, 1]
+            logits = F.conv2d(pool, weight[:, :, None, None])               # linear may use TF32
         return pool.flatten(1), logits.flatten(1)
 
 
@@ -356,16 +319,6 @@ def subset(dataset, limit):
     return np.sort(np.random.default_rng(0).permutation(len(dataset))[:limit])
 
 
-def images_of(dataset, limit):
-    """The subset as batches (images [BATCH, 3, H, W], labels [BATCH])."""
-    return data.all_images(dataset, BATCH, subset(dataset, limit))
-
-
-def without_border(images, border):
-    """[B, 3, H, W] -> [B, 3, H - 2 border, W - 2 border]."""
-    return F.pad(images, 4 * (-border,))
-
-
 # ---- Scores of pictures
 
 @torch.inference_mode()
@@ -429,8 +382,9 @@ def open_both(args):
 
 
 def main():
-    parser = trainer.ArgumentParser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
+    parser = trainer.make_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog,
+                                     parser_class=trainer.make_parser)
     fid, rfid, gfid = (commands.add_parser(name, description=__doc__)
                        for name in ("fid", "rfid", "gfid"))
     fid.add_argument("reference", metavar="A", help="folder, or .npz of pictures or statistics")

@@ -403,16 +403,15 @@ def views_of(images, views, size):
 
 @torch.no_grad()
 def extract_codes(run, tokenizer, fingerprint, dataset, folder):
-    """codes [views, n, L] of all images; each rank makes a part of them."""
+    """codes [views, n, L] of all images, kept in a file; each rank makes a part of them."""
     n, views, codebook_size = len(dataset), run.config.views, run.config.codebook_size
     key = data.hash_of(fingerprint, dataset.fingerprint, n, views, codebook_size)
-    parts = [folder / f"part_{key}_{rank:02}of{run.world}.npy" for rank in range(run.world)]
+    file = folder / f"{key}.npy"
     if run.main:    # AR and MaskGIT may start side by side: the second waits for the first
         lock = trainer.lock(folder / ".lock", wait=True)  # noqa: F841, held until the return
-        for part in {*folder.glob("part_*")} - {*parts}:
-            part.unlink()  # of another tokenizer, other data or views
-    trainer.gather(None)    # the others wait for rank 0
-    if not parts[run.rank].exists():
+    if trainer.gather(run.main and file.exists())[0]:       # as rank 0 sees it
+        codes = np.load(file)
+    else:
         run.say(f"{folder}: codes of {n:,} images")
         rows, codes = np.array_split(np.arange(n), run.world)[run.rank], []
         for images, _ in data.all_images(dataset, 64, rows, run.training.workers):
@@ -420,14 +419,16 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
             codes.append(torch.stack([tokenizer.encode(crop) for crop in crops]).cpu())
         codes = torch.cat(codes, dim=1).numpy()  # [views, rows, L]
         codes = codes.astype(np.uint16 if codebook_size <= 2 ** 16 else np.uint32)
+        codes = np.concatenate(trainer.gather(codes), axis=1)  # [views, n, L]
+        if run.main:
+            for old in folder.glob("*.npy"):
+                old.unlink()  # of another tokenizer, other data or views
 
-        def save(temporary):
-            with open(temporary, "wb") as file:  # to a name, np.save would add .npy
-                np.save(file, codes)
-        trainer.write_atomically(parts[run.rank], save)
-    trainer.gather(None)    # all parts are there
-    codes = np.concatenate([*map(np.load, parts)], axis=1)
-    trainer.gather(None)    # all ranks have read them: the lock may go
+            def save(temporary):
+                with open(temporary, "wb") as part:     # to a name, np.save would add .npy
+                    np.save(part, codes)
+            trainer.write_atomically(file, save)
+    trainer.gather(None)    # all ranks have them: the lock may go
     return codes
 
 

@@ -606,19 +606,15 @@ def train_stage2(args):
 
 # ---- Command line
 
-def reconstruct(args, config):
-    """Write original beside reconstruction for each image, and print the codes."""
-    path = default_tokenizer(args.out, config.tokens, config.model)
-    model = load_tokenizer(path, args.device)
-    size = model.config.image_size
-    images = torch.stack([data.read_image(name, size) for name in args.reconstruct])
-    codes = model.encode(images.to(args.device))  # [n, L]
-    for name, row in zip(args.reconstruct, codes.tolist()):
+def reconstruct(model, names, path):
+    """Write each image beside its reconstruction, and print the codes."""
+    size, device = model.config.image_size, next(model.parameters()).device
+    images = torch.stack([data.read_image(name, size) for name in names])
+    codes = model.encode(images.to(device))  # [n, L]
+    for name, row in zip(names, codes.tolist()):
         print(f"{name}: {' '.join(map(str, row))}")
     pairs = torch.stack([images, model.decode_codes(codes).cpu()], dim=1).flatten(0, 1)
-    target = args.out / "reconstruct.png"
-    data.save_picture(data.picture_grid(pairs, 2, scale=max(1, 128 // size)), target)
-    print(f"{target}: original beside reconstruction, by {path}")
+    data.save_picture(data.picture_grid(pairs, 2, scale=max(1, 128 // size)), path)
 
 
 def main():
@@ -639,11 +635,14 @@ def main():
     if titok:
         experts = [name for name in vars(args) if name.startswith("expert_")]
         trainer.refuse(args, experts, "TiTok has no experts")
-    if args.reconstruct:
-        sizes = {*TokenizerConfig.__dataclass_fields__} - {"model", "tokens"}
-        trainer.refuse(args, {*TrainConfig.__dataclass_fields__} | sizes, "not with --reconstruct")
     config = trainer.override(PRESETS["titok_" * titok + args.config], args)
-    (reconstruct if args.reconstruct else train_stage1)(args, config)
+    if not args.reconstruct:
+        return train_stage1(args, config)
+    sizes = {*TokenizerConfig.__dataclass_fields__} - {"model", "tokens"}
+    trainer.refuse(args, {*TrainConfig.__dataclass_fields__} | sizes, "not with --reconstruct")
+    path, target = default_tokenizer(args.out, config.tokens, config.model), "reconstruct.png"
+    reconstruct(load_tokenizer(path, args.device), args.reconstruct, args.out / target)
+    print(f"{args.out / target}: original beside reconstruction, by {path}")
 
 
 if __name__ == "__main__":

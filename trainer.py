@@ -69,24 +69,16 @@ class TrainConfig:
     preview_every: int = 5_000          # steps between two preview pictures
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with one line of help per flag, and errors of one line."""
-    def __init__(self, description, **kwargs):
-        super().__init__(
-            description=description.split("\n\n")[0], usage="%(prog)s [flags]", allow_abbrev=False,
-            formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=120),
-            **kwargs)
-
-    def format_help(self):
-        return super().format_help().replace("\n\n", "\n")      # fits on a screen
-
-    def error(self, message):
-        raise BadInput(f"{message}. All flags: python {self.prog} -h")
+def make_parser(description, **kwargs):
+    """An argparse parser with one line of help per flag, and errors of one line."""
+    return argparse.ArgumentParser(
+        description=description.split("\n\n")[0], usage=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=120), **kwargs)
 
 
 def command_line(description, *config_classes, **kwargs):
     """A parser with the flags of all stages, and one for each field of the given dataclasses."""
-    parser = ArgumentParser(description, **kwargs)
+    parser = make_parser(description, **kwargs)
     add = parser.add_argument
     add("--config", choices=("toy", "small", "full"), metavar="NAME",
         help="toy, small or full; default: full with CUDA, else toy")

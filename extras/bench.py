@@ -192,7 +192,7 @@ def params(args):
 
 
 def main():
-    parser = trainer.ArgumentParser(__doc__, prog="-m extras.bench")
+    parser = trainer.make_parser(__doc__, prog="-m extras.bench")
     parser.add_argument("what", choices=("speed", "params"))
     parser.add_argument("--batch_size", type=int, help="default 64; on a CPU 2")
     parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if present")

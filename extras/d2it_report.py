@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import d2it
 import data
 import trainer
-from evaluate import feature_statistics, frechet_distance, without_border
-from extras.report import Bench, markdown, picture_of, spread
+from evaluate import feature_statistics, frechet_distance
+from extras.report import Bench, markdown, picture_of, spread, without_border
 
 
 def fd(bench, images):

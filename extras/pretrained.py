@@ -21,11 +21,10 @@ from pathlib import Path
 
 import torch
 
-import data
 import generator
 import trainer
 import vqgan
-from tokenizer import TiTok, TokenizerConfig
+from tokenizer import TiTok, TokenizerConfig, reconstruct
 from trainer import BadInput
 from vqgan import VQGAN, ConvNeXtSmall  # noqa: F401
 
@@ -146,20 +145,8 @@ def write(checkpoint, path):
     print(f"{path}: written")
 
 
-def reconstruct(file, paths, target):
-    model = load_titok(file)
-    size = model.config.image_size
-    images = torch.stack([data.read_image(path, size) for path in paths])       # [B, 3, H, W]
-    codes = model.encode(images)                                                # [B, L]
-    pairs = torch.stack([images, model.decode_codes(codes)], dim=1).flatten(0, 1)
-    data.save_picture(data.picture_grid(pairs, 2), target)
-    for path, row in zip(paths, codes.tolist()):
-        print(f"{path}: {' '.join(map(str, row))}")
-    print(f"{target}: originals beside reconstructions, by {file}")
-
-
 def main():
-    parser = trainer.ArgumentParser(__doc__, prog="-m extras.pretrained")
+    parser = trainer.make_parser(__doc__, prog="-m extras.pretrained")
     parser.add_argument("what", choices=("vqgan", "titok", "half"))
     parser.add_argument("file", help="the downloaded weights; half: a checkpoint")
     parser.add_argument("images", nargs="*", help="titok: what to encode and decode")
@@ -169,7 +156,8 @@ def main():
     args = parser.parse_args()
     out = args.out or Path("out", args.config)
     if args.what == "titok":
-        return reconstruct(args.file, args.images, out / "reconstruct.png")
+        reconstruct(load_titok(args.file), args.images, out / "reconstruct.png")
+        return print(f"{out}/reconstruct.png: originals beside reconstructions")
     path = out / ("vqgan.pt" if args.what == "vqgan" else Path(args.file).name)
     if path.exists() and not args.overwrite:
         raise BadInput(f"{path}: exists. Give --overwrite or another --out")

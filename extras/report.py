@@ -34,8 +34,7 @@ from tqdm import tqdm
 
 import data
 import trainer
-from evaluate import (BATCH, codebook_use, feature_statistics, frechet_distance, images_of, psnr,
-                      subset, without_border)
+from evaluate import BATCH, codebook_use, feature_statistics, frechet_distance, psnr, subset
 from extras.bench import step_ratio
 from generator import codes_fingerprint, load_pair, open_tokenizer, sample_codes
 from trainer import BadInput
@@ -60,6 +59,10 @@ class FDClassifier(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)       # faster on a CPU
         features = self.body(images)
         return features, self.head(features)
+
+
+def without_border(images, border):     # [B, 3, H, W] -> [B, 3, H - 2 border, W - 2 border]
+    return F.pad(images, 4 * (-border,))
 
 
 # of Fashion-MNIST, so that distances of all machines can be compared
@@ -115,8 +118,9 @@ class Bench:
     def reference(self):
         return feature_statistics(self.look(self.images(self.test))[0])
 
-    def images(self, dataset):
-        return images_of(dataset, len(self.indices))
+    def images(self, dataset, count=None):
+        """`count` random images, by default as many as test images, as batches (images, labels)."""
+        return data.all_images(dataset, BATCH, subset(dataset, count or len(self.indices)))
 
     def examples(self, count=10):
         """The first test image of each class, then others: [count, 3, H, W]."""
@@ -227,7 +231,7 @@ def order_curves(bench, ar, tokenizer):
         error = without_border(error, bench.test.border)                    # [lengths, B, 3, H, W]
         return error.square().mean((2, 3, 4)).cpu()
 
-    errors = bench.in_threads(errors_of, images_of(bench.test, min(250, len(codes))))
+    errors = bench.in_threads(errors_of, bench.images(bench.test, min(250, len(codes))))
     return {"bits": torch.cat(bits).mean(0).tolist(), "unigram": unigram, "lengths": lengths,
             "mse": torch.cat(errors, 1).mean(1).tolist()}
 
@@ -307,51 +311,7 @@ def two_columns(pictures):
 
 # ---- The report
 
-PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 52rem; margin: auto; padding: 1rem }
-td { padding: 0 min(0.5rem, 0.6vw); text-align: right; font-size: min(1rem, 3vw) }
-td:first-child { text-align: left }
-input { width: 100%; height: 2rem }
-.row { display: flex; flex-wrap: wrap; gap: 4px; margin-bottom: 0.5rem }
-.row span { width: 100% }
-.row img { width: min(${size}px, 20% - 4px) }
-.curves img { width: 25rem; max-width: 100% }
-@media (prefers-color-scheme: dark) { .curves { filter: invert(0.93) hue-rotate(180deg) } }
-</style>
-<h1>$title</h1>
-<p>$about</p>
-<h2>The first codes</h2>
-<p>Test images, and what their first codes alone decode to: kind and outline should come first,
-then detail. Move the slider from no code to all.</p>
-$originals
-<input type="range" max="$tokens" value="$tokens" aria-label="number of codes">
-<div id="prefixes">$prefixes</div>
-<script>
-const slider = document.querySelector("input"), rows = document.querySelectorAll("#prefixes .row")
-slider.oninput = () => rows.forEach((row, i) =>
-    row.style.display = i % ($tokens + 1) == slider.value ? "" : "none")
-slider.oninput()
-</script>
-<h2>Scores</h2>
-<table>$scores
-</table>
-<p>$note</p>
-<h2>Reconstructions</h2>
-$reconstructions
-<h2>Samples of the AR generator</h2>
-$samples_ar
-<h2>Samples of MaskGIT</h2>
-$samples_maskgit
-<h2>Curves</h2>
-<p>Bits: what a code costs. Error: a steep start says that early codes carry most. Stage 2's loss
-has an adversarial part and need not fall.</p>
-<div class="curves">$curves</div>""")
+PAGE = string.Template(Path(__file__).with_suffix(".html").read_text())
 
 
 def inline(picture):
