@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from trainer import BadInput, first_line, launch, make_parser, write_atomically
+from trainer import BadInput, first_line, launch, make_parser, write_atomically, write_text
 
 say = cache(partial(print, flush=True))     # a line, once per process
 
@@ -369,7 +369,7 @@ def main():
     print(f"{train.name}{train.note}: {len(train):,} train and {len(val):,} val images, "
           f"{len(train.classes)} classes: {', '.join(train.classes[:12])}")
     if args.note:
-        write_atomically(args.note, lambda temporary: temporary.write_text(train.name))
+        write_text(args.note, train.name)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ codebook. Images are float32 [B, 3, H, W] in [0, 1], pictures the same in bytes.
 """
 import json
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ import trainer
 from generator import (NO_FLAGS, SAMPLING, GeneratorConfig, load_pair, open_tokenizer,
                        sample_codes)
 from trainer import BadInput
-from vqgan import FrozenNetwork
 
 BATCH = 100         # images at once, and samples that are drawn by one random generator
 FEATURES = 2048     # F of Inception's pool
@@ -40,13 +39,6 @@ WEIGHTS = Path("weights/pt_inception-2015-12-05-6726825d.pth")      # pytorch-fi
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of each image [B, 3, H, W]: [B]. Equal images: 100."""
     return -10 * (a - b).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
-
-
-def codebook_use(codes, codebook_size):
-    """(share of the codebook that occurs in the codes, perplexity = exp(entropy): 1 .. K)."""
-    share = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()        # [K]
-    perplexity = torch.special.entr(share.double()).sum().exp().item()
-    return (share > 0).float().mean().item(), perplexity
 
 
 def feature_statistics(features):
@@ -136,19 +128,27 @@ maximum = nn.MaxPool2d(3, 1, 1)
 halve = nn.MaxPool2d(3, 2)
 
 
-class InceptionFID(FrozenNetwork):
-    """The Inception-v3 of 2015-12-05, of pytorch-fid's file or state dict, whose names these are.
+class InceptionFID(nn.Module):
+    """The Inception-v3 of 2015-12-05 as functions of its weights, from pytorch-fid's file or state
+    dict: theirs are the names and sizes.
     Pictures uint8 [B, 3, H, W] of any size -> (pool [B, 2048], logits [B, 1008] without bias)."""
     def __init__(self, path_or_state_dict):
-        super().__init__(path_or_state_dict)
-        if getattr(self, "fc/weight", torch.empty(0)).shape != (1008, 2048):    # torchvision's: 1000
-            raise BadInput(f"{path_or_state_dict}: not pytorch-fid's Inception of 2015")
+        super().__init__()
+        for name, value in trainer.read_weights(path_or_state_dict).items():
+            if value.ndim == 4:
+                value = value.contiguous(memory_format=torch.channels_last)     # faster
+            self.register_buffer(name.replace(".", "/"), value)     # "." is not allowed
+        if len(self.get("fc.weight")) != 1008:              # torchvision's has 1000 classes
+            raise BadInput("not pytorch-fid's weights of the Inception of 2015")
         self.fingerprint = trainer.fingerprint(self)
+
+    def get(self, name):
+        return getattr(self, name.replace(".", "/"))
 
     def conv(self, x, name, stride=1, padding="same"):
         """[B, C_in, H, W] -> [B, C_out, H', W']: convolution, batch norm, ReLU."""
-        weight, *norm = self.get(name, "conv.weight", "bn.running_mean", "bn.running_var",
-                                 "bn.weight", "bn.bias")
+        weight, *norm = (self.get(f"{name}.{part}") for part in (
+            "conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
         x = F.conv2d(x, weight, stride=stride, padding=padding)
         return F.relu(F.batch_norm(x, *norm, eps=1e-3), inplace=True)       # TensorFlow's eps
 
@@ -196,7 +196,7 @@ class InceptionFID(FrozenNetwork):
     def forward(self, images):
         x = (tf_resize(images) - 128) / 128                                 # [B, 3, 299, 299]
         x = x.contiguous(memory_format=torch.channels_last)
-        weight, = self.get("fc", "weight")                                  # [1008, 2048]
+        weight = self.get("fc.weight")                                      # [1008, 2048]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # 10 bits of mantissa
             pool = self.features(x).mean((2, 3), keepdim=True)              # [B, 2048, 1, 1]
             logits = F.conv2d(pool, weight[:, :, None, None])               # linear may use TF32
@@ -212,7 +212,7 @@ class Pictures:
     count: int                      # n
     size: tuple                     # (H, W)
     read: callable                  # read(start, stop) -> uint8 [stop - start, 3, H, W]
-    statistics: dict = field(default_factory=dict)      # ready-made: {"pool": (mu, sigma)}
+    statistics: tuple = ()          # of the features, ready-made: (mu, sigma)
 
     def __post_init__(self):
         if self.count < 10 and not self.statistics:
@@ -228,18 +228,16 @@ def to_uint8(images):
 
 def npz_pictures(path):
     """ADM's .npz: pictures (arr_0), FID's statistics (mu, sigma), or both."""
-    found, statistics = np.load(path), {}
+    found, statistics = np.load(path), ()
     rows = found["arr_0"] if "arr_0" in found else np.zeros((0, 0, 0, 3), np.uint8)
     if rows.dtype != np.uint8 or rows.shape[3:] != (3,):
         raise BadInput(f"{path}: arr_0 is {rows.dtype} {rows.shape}, not uint8 [n, H, W, 3]")
     name = f"{len(rows):,} pictures of {path}"
     if "mu" in found:
         name += ", for FID the statistics in it"
-        statistics["pool"] = np.float64(found["mu"]), np.float64(found["sigma"])
-        shapes = [x.shape for x in statistics["pool"] if np.isfinite(x).all()]
-        if shapes != [(FEATURES,), (FEATURES, FEATURES)]:
-            raise BadInput(f"{path}: mu is {found['mu'].shape}: not FID's {FEATURES:,} features, "
-                           f"or not finite")
+        statistics = np.float64(found["mu"]), np.float64(found["sigma"])
+        if [x.shape for x in statistics if np.isfinite(x).all()] != [(FEATURES,), 2 * (FEATURES,)]:
+            raise BadInput(f"{path}: mu is {found['mu'].shape}: not FID's {FEATURES:,} or not finite")
     return Pictures(name, len(rows), rows.shape[1:3], lambda start, stop: torch.from_numpy(
         rows[start:stop]).permute(0, 3, 1, 2), statistics)
 
@@ -340,7 +338,7 @@ def features_of(pictures, inception, device, copy=None):
 def compare(real, fake, x, y):
     """{score: value} of two Pictures and their features, as far as they go. FID takes ready-made
     statistics where there are some."""
-    gaussians = [pictures.statistics.get("pool") or feature_statistics(features["pool"])
+    gaussians = [pictures.statistics or feature_statistics(features["pool"])
                  for pictures, features in ((real, x), (fake, y))]
     scores = {"FID": frechet_distance(*gaussians[0], *gaussians[1])}
     if y:
@@ -444,8 +442,8 @@ def main():
         np.savez(args.save, copy)       # as arr_0, never all in memory
         raw.unlink()
     if args.json and rank == 0:
-        text = json.dumps(results[0] | {"others": results[1:]}, indent=1) + "\n"
-        trainer.write_atomically(args.json, lambda temporary: temporary.write_text(text))
+        found = results[0] | {"others": results[1:]}
+        trainer.write_text(args.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

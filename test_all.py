@@ -46,7 +46,7 @@ import hnt
 import tokenizer
 import trainer
 import vqgan
-from extras import bench, evidence, paper, pretrained, report
+from extras import bench, paper, pretrained, report
 from generator import ARGenerator, GeneratorConfig, codes_fingerprint
 from tokenizer import TokenizerConfig, build
 from trainer import BadInput
@@ -1545,14 +1545,13 @@ def test_code_batches():
 
 # ---- Scores of pictures (evaluate.py)
 
-def test_psnr_codebook_use_and_bytes():
+def test_psnr_perplexity_and_bytes():
     a = torch.rand(3, 3, 8, 8, generator=seeded()) * 0.5
     off = torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1)
     expected = torch.tensor([20.0, 40.0, 100.0])            # of each image
     torch.testing.assert_close(evaluate.psnr(a, a + off), expected, atol=1e-2, rtol=0)
-    for codes, expected in ((torch.full((4, 16), 3), (1 / 64, 1.0)),
-                            (torch.arange(16).repeat(2, 1), (0.25, 16.0))):
-        assert evaluate.codebook_use(codes, 64) == pytest.approx(expected)
+    for codes, expected in ((torch.full((4, 16), 3), 1), (torch.arange(16).repeat(2, 1), 16)):
+        assert report.perplexity(codes, 64) == pytest.approx(expected)
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     assert torch.equal(evaluate.to_uint8(levels / 255), levels)             # lossless
     assert evaluate.to_uint8(torch.tensor([-1, 0.999, 2, 0.5])).tolist() == [0, 255, 255, 128]
@@ -1620,7 +1619,7 @@ def test_inception_golden(inception, monkeypatch):
     np.testing.assert_allclose(pool, numbers["pool"], atol=1e-5)
     np.testing.assert_allclose(logits, numbers["logits_unbiased"], atol=1e-5)
     torchvision = inception.state_dict() | {"fc.weight": torch.zeros(1000, 2048)}
-    with pytest.raises(BadInput, match="not pytorch-fid's Inception"):
+    with pytest.raises(BadInput, match="not pytorch-fid's weights"):
         evaluate.InceptionFID(torchvision)
 
 
@@ -1889,7 +1888,7 @@ def test_speed_of_every_form(monkeypatch, capsys):
         assert re.search(rf"^{name} .*\d", said, re.MULTILINE)
 
 
-# ---- The paper's tables, figures and claims (extras/paper.py, extras/evidence.py, Makefile)
+# ---- The paper's tables, figures and claims (extras/paper.py, Makefile)
 
 class Bigram(nn.Module):
     """An AR generator: table [K + 1, K] of the next code's logits, the last row for the start."""
@@ -2022,11 +2021,11 @@ def test_evidence(tmp_path, monkeypatch, capsys):
     """A seed's models are scored; its file makes the tables; more seeds decide."""
     seed, numbers = tmp_path / "seed0", tmp_path / "files" / "paper"
     untrained(seed)
-    for name in evidence.STUDY.values():
+    for name in paper.STUDY.values():
         source = name.split("_16")[0].split("/")[-1].replace("titok_causal", "titok")   # _8.pt
         copies = {f"{name}{stage}": f"{source}_8{stage}" for stage in ("", "_stage2")}
         if "hnt" not in name:
-            copies |= {f"ar{n}/ar_{name}": f"ar_{source}_8" for n in evidence.BUDGETS}
+            copies |= {f"ar{n}/ar_{name}": f"ar_{source}_8" for n in paper.BUDGETS}
         for target, file in copies.items():
             (seed / target).parent.mkdir(exist_ok=True)
             shutil.copy(seed / f"{file}.pt", seed / f"{target}.pt")
@@ -2042,7 +2041,7 @@ def test_evidence(tmp_path, monkeypatch, capsys):
         paper.main()
         return capsys.readouterr().out
 
-    monkeypatch.setattr(evidence, "token_overlap", lambda ar: [0.5] * 4)        # saves seconds
+    monkeypatch.setattr(paper, "token_overlap", lambda ar: [0.5] * 4)        # saves seconds
     with pytest.raises(BadInput, match="no seed0.json"):
         command("evidence")
     command(f"seed --data shapes --device cpu --out {tmp_path} --images 60 --samples 30")

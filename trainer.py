@@ -176,6 +176,14 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def write_text(path, text):
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def save(checkpoint, path):
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
 def lock(path, wait=False):
     """Lock a file until the returned one is closed. If another process has it: wait, or fail."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -370,10 +378,10 @@ class Run:
         self.rank, self.world = setup_ranks(self.device)
         self.main = self.rank == 0
         share = training.batch_size // self.world       # of a step's images, on this rank
-        if share * self.world != training.batch_size:
+        if not share or share * self.world != training.batch_size:
             raise BadInput(f"--batch_size {training.batch_size}: no multiple of {self.world} ranks")
         self.accumulate = next(n for n in range(1, share + 1)
-                               if share % n == 0 and share // n <= training.micro_batch)
+                               if share % n == 0 and share // n <= max(1, training.micro_batch))
         self.share = (self.rank, self.world, self.accumulate)
         self.lock = self.main and lock(args.out / f".{name}.lock")
         self.checkpoint = self._existing_results(MAY_DIFFER | set(may_differ))
@@ -441,8 +449,7 @@ class Run:
         # lines beyond the checkpoint come again
         kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
         if self.main:
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomically(self.log_path, lambda temporary: temporary.write_text(text))
+            write_text(self.log_path, "".join(json.dumps(line) + "\n" for line in kept))
         trained = sum(p.numel() for p in parts["model"].parameters() if p.requires_grad)
         self.say(f"{trained / 1e6:.2f}M parameters train")
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
@@ -517,11 +524,10 @@ class Run:
         sums = {name: (float(total), count) for name, (total, count) in self.sums.items()}
         ranks = gather({"cpu": torch.get_rng_state(), "cuda": cuda, "unlogged": sums})
         if self.main:
-            checkpoint = {"stage": self.stage, "step": self.step, "config": asdict(self.config),
-                          "training": asdict(self.training), "settings": self.settings,
-                          "ranks": ranks, **self.store,
-                          **{name: part.state_dict() for name, part in parts.items()}}
-            write_atomically(self.path, lambda temporary: torch.save(checkpoint, temporary))
+            save({"stage": self.stage, "step": self.step, "config": asdict(self.config),
+                  "training": asdict(self.training), "settings": self.settings, "ranks": ranks,
+                  **self.store, **{name: part.state_dict() for name, part in parts.items()}},
+                 self.path)
         gather(None)        # none leaves before it is written: torchrun would end the others
         if stop and not end:
             raise KeyboardInterrupt(f"interrupted. {self.path} holds step {self.step} of "

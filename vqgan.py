@@ -285,57 +285,53 @@ def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
         optimizer.zero_grad()       # or stage 2 would count these gradients when it clips
-    saved = {"data": dataset.fingerprint, "model": model.state_dict()}
-    trainer.write_atomically(path, lambda temporary: torch.save(saved, temporary))
+    trainer.save({"data": dataset.fingerprint, "model": model.state_dict()}, path)
     return model.eval().requires_grad_(False)
 
 
-class FrozenNetwork(nn.Module):
-    """A public network as functions of its weights, from a file or state dict: theirs are the names
-    and sizes."""
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):                           # [B, C, H, W], over C
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv2d(width, width, 7, padding=3, groups=width), nn.Identity(),
+            nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.GELU(),
+            nn.Linear(4 * width, width))
+        self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-6))
+
+    def forward(self, x):                           # [B, C, H, W]
+        y = self.block[0](x).permute(0, 2, 3, 1)    # [B, H, W, C]
+        return x + self.layer_scale * self.block[1:](y).permute(0, 3, 1, 2)
+
+
+class ConvNeXtSmall(nn.Module):
+    """torchvision's convnext_small (IMAGENET1K_V1), TiTok's perceptual network, of its .pth file or
+    state dict."""
     def __init__(self, path_or_state_dict):
         super().__init__()
-        for name, value in trainer.read_weights(path_or_state_dict).items():
-            if value.ndim == 4:
-                value = value.contiguous(memory_format=torch.channels_last)     # faster
-            self.register_buffer(name.replace(".", "/"), value)     # "." is not allowed
-
-    def get(self, module, *names):
-        return [getattr(self, f"{module}.{name}".replace(".", "/")) for name in names]
-
-
-class ConvNeXtSmall(FrozenNetwork):
-    """torchvision's convnext_small (IMAGENET1K_V1), TiTok's perceptual network."""
-    def norm(self, x, name):                        # x [B, H, W, C], over C
-        return F.layer_norm(x, x.shape[-1:], *self.get(name, "weight", "bias"), eps=1e-6)
-
-    def conv(self, x, name, **how):                 # [B, H, W, C] -> [B, H', W', C']
-        x = F.conv2d(x.permute(0, 3, 1, 2), *self.get(name, "weight", "bias"), **how)
-        return x.permute(0, 2, 3, 1)
-
-    def linear(self, x, name):
-        return F.linear(x, *self.get(name, "weight", "bias"))
-
-    def block(self, x, name):                       # [B, H, W, C]
-        y = self.conv(x, f"{name}.block.0", padding=3, groups=x.shape[-1])      # 7x7
-        y = F.gelu(self.linear(self.norm(y, f"{name}.block.2"), f"{name}.block.3"))
-        scale, = self.get(name, "layer_scale")      # [C, 1, 1]
-        return x + scale.flatten() * self.linear(y, f"{name}.block.5")
+        layers = [nn.Sequential(nn.Conv2d(3, 96, 4, stride=4), LayerNorm2d(96, eps=1e-6))]
+        for width, depth in ((96, 3), (192, 3), (384, 27), (768, 3)):
+            layers.append(nn.Sequential(*(ConvNeXtBlock(width) for _ in range(depth))))
+            layers.append(nn.Sequential(LayerNorm2d(width, eps=1e-6),
+                                        nn.Conv2d(width, 2 * width, 2, stride=2)))
+        self.features = nn.Sequential(*layers[:-1])
+        self.classifier = nn.Sequential(nn.LayerNorm(768, eps=1e-6), nn.Identity(),
+                                        nn.Linear(768, 1000))
+        mean_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        self.register_buffer("mean_std", mean_std, persistent=False)
+        self.load_state_dict(trainer.read_weights(path_or_state_dict))
+        self.eval().requires_grad_(False)
 
     def forward(self, images):
         """Images of any size -> logits [B, 1000], as 1d-tokenizer."""
+        mean, std = self.mean_std
         x = F.interpolate(images, (224, 224), mode="bilinear", align_corners=False, antialias=True)
-        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-        x = (x.permute(0, 2, 3, 1) - mean) / std    # [B, 224, 224, 3]
-        x = self.norm(self.conv(x, "features.0.0", stride=4), "features.0.1")
-        for i, depth in ((1, 3), (3, 3), (5, 27), (7, 3)):
-            if i > 1:
-                x = self.norm(x, f"features.{i - 1}.0")
-                x = self.conv(x, f"features.{i - 1}.1", stride=2)
-            for j in range(depth):                  # 96, 192, 384, 768 channels
-                x = self.block(x, f"features.{i}.{j}")
-        x = self.norm(x.mean((1, 2)), "classifier.0")       # of [B, 7, 7, 768]
-        return self.linear(x, "classifier.2")
+        x = self.features((x - mean) / std)         # [B, 768, 7, 7]
+        return self.classifier(x.mean((2, 3)))
 
     def perceptual_loss(self, a, b):
         return F.mse_loss(self(a), self(b))

@@ -180,8 +180,7 @@ def main():
     args = trainer.parse(parser)
     torch.set_num_threads(1)            # Bench has threads of its own
     numbers = measure(args, Bench(args, d2it.PRESETS["dvae_toy"].image_size))
-    trainer.write_atomically(args.out / "d2it.json",
-                             lambda file: file.write_text(json.dumps(numbers, indent=1) + "\n"))
+    trainer.write_text(args.out / "d2it.json", json.dumps(numbers, indent=1) + "\n")
     print(tables(numbers), f"\n\n{args.out}/d2it.json, d2it_maps.png")
     args.sample, args.classes, args.output = 40, None, None
     d2it.sample(args)

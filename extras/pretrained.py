@@ -19,8 +19,6 @@ Letters: B batch, H W pixels, L tokens, D width, c length of a code vector, K co
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 import generator
 import trainer
 import vqgan
@@ -121,9 +119,8 @@ def load_titok_maskgit(path_or_state_dict, heads=16):
 def write_vqgan(file, path):
     """The checkpoint that stage 0 would write after training."""
     model = load_maskgit_vqgan(file)
-    checkpoint = {"stage": "vqgan", "step": 0, "config": asdict(model.config), "settings": {},
-                  "model": model.state_dict()}
-    write(checkpoint, path)
+    trainer.save({"stage": "vqgan", "step": 0, "config": asdict(model.config), "settings": {},
+                  "model": model.state_dict()}, path)
 
 
 def write_half(file, path):
@@ -137,12 +134,7 @@ def write_half(file, path):
     if "tokenizer" in saved:        # the generator's, whose weights are rounded, too
         tokenizer = generator.load_pair(file)[1].half().float()
         checkpoint["tokenizer_fingerprint"] = generator.codes_fingerprint(tokenizer)
-    write(checkpoint, path)
-
-
-def write(checkpoint, path):
-    trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
-    print(f"{path}: written")
+    trainer.save(checkpoint, path)
 
 
 def main():
@@ -162,6 +154,7 @@ def main():
     if path.exists() and not args.overwrite:
         raise BadInput(f"{path}: exists. Give --overwrite or another --out")
     {"vqgan": write_vqgan, "half": write_half}[args.what](args.file, path)
+    print(f"{path}: written")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import trainer
-from evaluate import BATCH, codebook_use, feature_statistics, frechet_distance, psnr, subset
+from evaluate import BATCH, feature_statistics, frechet_distance, psnr, subset
 from extras.bench import step_ratio
 from generator import codes_fingerprint, load_pair, open_tokenizer, sample_codes
 from trainer import BadInput
@@ -65,6 +65,12 @@ def without_border(images, border):     # [B, 3, H, W] -> [B, 3, H - 2 border, W
     return F.pad(images, 4 * (-border,))
 
 
+def perplexity(codes, codebook_size):
+    """exp(entropy) of codes: 1 (one code) .. K (all alike)."""
+    share = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()        # [K]
+    return torch.special.entr(share.double()).sum().exp().item()
+
+
 # of Fashion-MNIST, so that distances of all machines can be compared
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "fd_classifier.pt"
 
@@ -92,9 +98,8 @@ def fd_classifier(dataset, path, device="cpu", steps=900, batch_size=128):
         loss.backward()
         optimizer.step()
         schedule.step()
-    checkpoint = {"stage": "fd_classifier", "step": steps, "config": config,
-                  "model": model.state_dict()}
-    trainer.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    trainer.save({"stage": "fd_classifier", "step": steps, "config": config,
+                  "model": model.state_dict()}, path)
     return model.eval().requires_grad_(False)
 
 
@@ -172,7 +177,7 @@ class Bench:
         batches = ((rows, labels, originals) for rows, (originals, labels)
                    in zip(codes.split(BATCH), self.images(self.test)))
         return {**self.score(batches, functools.partial(model.decode_codes, **how)),
-                "perplexity": codebook_use(codes, model.config.codebook_size)[1]}
+                "perplexity": perplexity(codes, model.config.codebook_size)}
 
     def score_samples(self, generator, tokenizer, **changes):
         """score() of what a generator samples for sample_labels. changes: of its config."""
@@ -220,7 +225,7 @@ def order_curves(bench, ar, tokenizer):
         logits = ar(batch, labels).float()      # [B, L, K]; at position i after codes[:, :i]
         loss = F.cross_entropy(logits.transpose(1, 2), batch, reduction="none")     # [B, L]
         bits.append(loss.cpu() / math.log(2))
-    unigram = [math.log2(codebook_use(column, ar.config.codebook_size)[1]) for column in codes.T]
+    unigram = [math.log2(perplexity(column, ar.config.codebook_size)) for column in codes.T]
     tokens = codes.shape[1]
     lengths = sorted({round(k) for k in np.linspace(1, tokens, min(tokens, 32))})
 
@@ -435,7 +440,7 @@ Time of a frozen step of HNT: {f"{ratio:.2f} of a full one" if ratio else "not g
                "classifier": {"test_accuracy": scores["test images"]["accuracy"]}}
     for name, content in (("report.html", page), ("scores.json", json.dumps(numbers, indent=1)),
                           ("curves.json", json.dumps(order, indent=1))):
-        trainer.write_atomically(args.out / name, lambda file: file.write_text(content + "\n"))
+        trainer.write_text(args.out / name, content + "\n")
     print(f"{markdown(cells)}\n\n{note}\n\n{args.out / 'report.html'}: open it in a browser")
 
 
