@@ -237,8 +237,13 @@ def decode_image(path, image_size, draft=False):
     not quite the same pixels, so not for scores."""
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-        if image.format == "TIFF" and (image.mode in ("F", "I") or "I;12" in image.tile[0][3]):
+        stored = image.tile[0][3] if image.format in ("PNG", "TIFF") else ""
+        if image.format == "TIFF" and (image.mode in ("F", "I") or "I;12" in stored):
             raise ValueError("the range of its pixels is not known; up to 8, or 16 bits are read")
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(stored)
+        if scale and "transparency" in image.info:      # Pillow scales the pixels only
+            clear = np.multiply(image.info["transparency"], scale).astype(int)
+            image.info["transparency"] = clear.tolist()
         if draft:
             image.draft(None, (2 * image_size, 2 * image_size))
         image = ImageOps.exif_transpose(image)
@@ -333,12 +338,14 @@ def all_images(dataset, batch_size, indices=None, workers=0):
 
 # ---- Pictures in and out, command line
 
-def read_image(path, image_size):
-    """A picture's middle, float32 [3, H, W] in [0, 1]. Raises BadInput if it is not one."""
+def read_image(path, image_size=None):
+    """A picture, uint8 [3, H, W]; with image_size its middle square, resized. Raises BadInput if it
+    is not one."""
     try:
-        return torch.from_numpy(square(decode_image(path, image_size), image_size)).float() / 255
+        image = decode_image(path, image_size)
+        return square(image, image_size) if image_size else np.asarray(image).transpose(2, 0, 1)
     except Exception as error:
-        raise BadInput(f"{path}: not a picture ({first_line(error)})") from error
+        raise BadInput(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def picture_grid(images, columns, scale=1):
@@ -356,7 +363,7 @@ def picture_grid(images, columns, scale=1):
 def save_picture(image, path):
     """Of a PIL image, as PNG unless the ending says otherwise."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
-    write_atomically(path, lambda temporary: image.save(temporary, format=kind))
+    write_atomically(path, lambda file: image.save(file, format=kind))
 
 
 def main():

@@ -134,12 +134,13 @@ class InceptionFID(nn.Module):
     Pictures uint8 [B, 3, H, W] of any size -> (pool [B, 2048], logits [B, 1008] without bias)."""
     def __init__(self, path_or_state_dict):
         super().__init__()
-        for name, value in trainer.read_weights(path_or_state_dict).items():
+        for name, value in sorted(trainer.read_weights(path_or_state_dict).items()):
             if value.ndim == 4:
                 value = value.contiguous(memory_format=torch.channels_last)     # faster
-            self.register_buffer(name.replace(".", "/"), value)     # "." is not allowed
-        if len(self.get("fc.weight")) != 1008:              # torchvision's has 1000 classes
-            raise BadInput("not pytorch-fid's weights of the Inception of 2015")
+            if value.ndim > 0:              # without counters
+                self.register_buffer(name.replace(".", "/"), value.float())     # no "." allowed
+        if sum(value.numel() for value in self.buffers()) != 23_885_392:        # torchvision's
+            raise BadInput("--inception: not pytorch-fid's weights of the Inception of 2015")
         self.fingerprint = trainer.fingerprint(self)
 
     def get(self, name):
@@ -158,14 +159,10 @@ class InceptionFID(nn.Module):
             x = self.conv(x, f"{name}_{i}", **(last if i == count else {}))
         return x
 
-    def mixed_5(self, x, name):     # [B, 192 .. 288, 35, 35]
-        return torch.cat([self.conv(x, f"{name}.branch1x1"), self.chain(x, f"{name}.branch5x5", 2),
-                          self.chain(x, f"{name}.branch3x3dbl", 3),
-                          self.conv(average(x), f"{name}.branch_pool")], 1)
-
-    def mixed_6(self, x, name):     # [B, 768, 17, 17]
-        return torch.cat([self.conv(x, f"{name}.branch1x1"), self.chain(x, f"{name}.branch7x7", 3),
-                          self.chain(x, f"{name}.branch7x7dbl", 5),
+    def mixed(self, x, name, **chains):
+        """Branches, joined by channel. chains: {branch: number of its convolutions}."""
+        found = [self.chain(x, f"{name}.{branch}", count) for branch, count in chains.items()]
+        return torch.cat([self.conv(x, f"{name}.branch1x1"), *found,
                           self.conv(average(x), f"{name}.branch_pool")], 1)
 
     def mixed_7(self, x, name, pool):       # [B, 1280 or 2048, 8, 8]
@@ -183,11 +180,11 @@ class InceptionFID(nn.Module):
         x = self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", padding=0)
         x = halve(x)                                                        # [B, 192, 35, 35]
         for letter in "bcd":
-            x = self.mixed_5(x, f"Mixed_5{letter}")                         # [B, 288, 35, 35]
+            x = self.mixed(x, f"Mixed_5{letter}", branch5x5=2, branch3x3dbl=3)  # [B, 288, 35, 35]
         x = torch.cat([self.conv(x, "Mixed_6a.branch3x3", **half),
                        self.chain(x, "Mixed_6a.branch3x3dbl", 3, **half), halve(x)], 1)
         for letter in "bcde":
-            x = self.mixed_6(x, f"Mixed_6{letter}")                         # [B, 768, 17, 17]
+            x = self.mixed(x, f"Mixed_6{letter}", branch7x7=3, branch7x7dbl=5)  # [B, 768, 17, 17]
         x = torch.cat([self.chain(x, "Mixed_7a.branch3x3", 2, **half),
                        self.chain(x, "Mixed_7a.branch7x7x3", 4, **half), halve(x)], 1)
         x = self.mixed_7(x, "Mixed_7b", average)                            # [B, 2048, 8, 8]
@@ -237,7 +234,7 @@ def npz_pictures(path):
         name += ", for FID the statistics in it"
         statistics = np.float64(found["mu"]), np.float64(found["sigma"])
         if [x.shape for x in statistics if np.isfinite(x).all()] != [(FEATURES,), 2 * (FEATURES,)]:
-            raise BadInput(f"{path}: mu is {found['mu'].shape}: not FID's {FEATURES:,} or not finite")
+            raise BadInput(f"{path}: mu is {found['mu'].shape}: not FID's {FEATURES} or not finite")
     return Pictures(name, len(rows), rows.shape[1:3], lambda start, stop: torch.from_numpy(
         rows[start:stop]).permute(0, 3, 1, 2), statistics)
 
@@ -251,18 +248,10 @@ def open_pictures(path, size=None):
         raise BadInput(f"{path}: not a folder of images and not an .npz")
     found, left_out = data.list_images(path, by_class=False)
     files = [Path(path) / name for _, name, *_ in found]
-
-    def picture(file):                                                      # uint8 [3, H, W]
-        try:
-            image = data.decode_image(file, size)
-        except Exception as error:
-            raise BadInput(f"{file}: cannot be read ({trainer.first_line(error)})") from error
-        return data.square(image, size) if size else np.asarray(image).transpose(2, 0, 1)
-
-    shape = picture(files[0]).shape if files else (3, 0, 0)
+    shape = data.read_image(files[0], size).shape if files else (3, 0, 0)
 
     def read(start, stop):
-        images = [picture(file) for file in files[start:stop]]
+        images = [data.read_image(file, size) for file in files[start:stop]]   # [3, H, W] each
         for file, image in zip(files[start:], images):
             if image.shape != shape:
                 raise BadInput(f"{file}: not {shape[1:]} pixels as the others. Use --size N")
@@ -294,13 +283,13 @@ def dataset_pictures(dataset, limit, tokenizer=None, **how):
 def samples(generator, tokenizer, count, seed, **changes):
     """Classes drawn as often as in the training data. A batch is seeded by (seed, start): the same
     on any number of ranks. changes: of the generator's config."""
-    c, device = replace(generator.config, **changes), next(tokenizer.parameters()).device
+    c = replace(generator.config, **changes)
     shares = np.divide(generator.class_counts, sum(generator.class_counts))             # [classes]
 
     def read(start, stop):
         labels = np.random.default_rng([seed, start]).choice(len(shares), stop - start, p=shares)
         codes = sample_codes(generator, torch.from_numpy(labels), seed * 10 ** 9 + start, **changes)
-        return to_uint8(tokenizer.decode_codes(codes.to(device)).cpu())     # codes [B, L]
+        return to_uint8(tokenizer.decode_codes(codes).cpu())
 
     used = [name for name in SAMPLING if name not in NO_FLAGS[c.mode]]
     if unused := changes.keys() - used:
@@ -343,13 +332,13 @@ def compare(real, fake, x, y):
     scores = {"FID": frechet_distance(*gaussians[0], *gaussians[1])}
     if y:
         mean, deviation = inception_score(y["logits"])
-        scores |= {"IS (torch-fidelity: 10 splits)": mean, "  its deviation": deviation,
+        scores |= {"IS (torch-fidelity: 10 splits)": mean, "IS, its deviation": deviation,
                    "IS (ADM: parts of 5,000)": inception_score_adm(y["logits"])}
     if x and y:
         size = min(1000, real.count, fake.count)
         mean, deviation = kernel_distance(x["pool"], y["pool"], subset_size=size)
         scores |= {f"KID x 1000 (100 subsets of {size:,})": 1000 * mean,
-                   "  its deviation x 1000": 1000 * deviation}
+                   "KID x 1000, its deviation": 1000 * deviation}
         scores["precision"], scores["recall"] = precision_recall(x["pool"], y["pool"])
     return scores
 

@@ -40,7 +40,7 @@ class GeneratorConfig:
     heads: int = 12                 # h
     dropout: float = 0.1            # AR: on embeddings, attention and feed-forward output
     class_dropout: float = 0.1      # share of the training images whose class is hidden
-    views: int = 2                  # of an image: 1, 2 (and its flip; F.1), 10 (LlamaGen's crops)
+    views: Literal[1, 2, 10] = 2    # of an image; 2: and its flip (F.1), 10: LlamaGen's crops
     rope: Literal["1d", "2d"] = "1d"        # AR: positions of a sequence or of a square grid
     label_smoothing: float = 0.1    # MaskGIT
     unmasked_weight: float = 0.1    # MaskGIT: weight of the codes it can see; masked ones have 1
@@ -397,7 +397,7 @@ def views_of(images, views, size):
     its flip; 10: corners and middle, then their flips."""
     room = images.shape[-1] - size
     corners = [(0, 0), (0, room), (room, 0), (room, room), (round(room / 2),) * 2]
-    crops = [images[..., y:y + size, x:x + size] for y, x in corners[:{1: 1, 2: 1, 10: 5}[views]]]
+    crops = [images[..., y:y + size, x:x + size] for y, x in corners[:5 if views == 10 else 1]]
     return (crops + [crop.flip(-1) for crop in crops])[:views]
 
 
@@ -406,7 +406,7 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
     """codes [views, n, L] of all images, kept in a file; each rank makes a part of them."""
     n, views, codebook_size = len(dataset), run.config.views, run.config.codebook_size
     key = data.hash_of(fingerprint, dataset.fingerprint, n, views, codebook_size)
-    file = folder / f"{key}.npy"
+    file = folder / f"{views}_{key}.npy"
     if run.main:    # AR and MaskGIT may start side by side: the second waits for the first
         lock = trainer.lock(folder / ".lock", wait=True)  # noqa: F841, held until the return
     if trainer.gather(run.main and file.exists())[0]:       # as rank 0 sees it
@@ -421,13 +421,9 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
         codes = codes.astype(np.uint16 if codebook_size <= 2 ** 16 else np.uint32)
         codes = np.concatenate(trainer.gather(codes), axis=1)  # [views, n, L]
         if run.main:
-            for old in folder.glob("*.npy"):
-                old.unlink()  # of another tokenizer, other data or views
-
-            def save(temporary):
-                with open(temporary, "wb") as part:     # to a name, np.save would add .npy
-                    np.save(part, codes)
-            trainer.write_atomically(file, save)
+            for old in folder.glob(f"{views}_*.npy*"):
+                old.unlink()  # of another tokenizer or other data
+            trainer.write_atomically(file, lambda temporary: np.save(temporary, codes))
     trainer.gather(None)    # all ranks have them: the lock may go
     return codes
 
@@ -487,7 +483,7 @@ def train(args, config, tokenizer_path):
         run.log(step, grad_norm=grad_norm)
         if run.preview_due(step):
             shown = torch.arange(min(10, config.num_classes)).repeat_interleave(8)  # 8 per row
-            images = tokenizer.decode_codes(sample_codes(ema.model, shown).to(run.device))
+            images = tokenizer.decode_codes(sample_codes(ema.model, shown))
             save_grid(images, run.path.with_name(f"{run.path.stem}_preview.png"))
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
@@ -518,16 +514,15 @@ def load_pair(path, tokenizer_path=None, device="cpu"):
     return generator, tokenizer
 
 
-def sample_codes(model, labels, seed=0, batch_size=500, **changes):
-    """labels int64 [n] -> codes int64 [n, L] on the CPU, sampled as the model's config with changes
-    says. Another batch_size acts as another seed."""
+def sample_codes(model, labels, seed=0, **changes):
+    """labels int64 [B] -> codes int64 [B, L], sampled as the model's config with changes says."""
     c, device = replace(model.config, **changes), next(model.parameters()).device
     how = {"top_k": c.top_k} if c.mode == "ar" else {
         "steps": c.sampling_steps, "guidance": c.guidance,
         "softmax_temperature_annealing": c.softmax_temperature_annealing}
-    generate = partial(model.generate, guidance_scale=c.guidance_scale, temperature=c.temperature,
-                       generator=torch.Generator(device).manual_seed(seed), **how)
-    return torch.cat([generate(batch.to(device)).cpu() for batch in labels.split(batch_size)])
+    return model.generate(
+        labels.to(device), guidance_scale=c.guidance_scale, temperature=c.temperature,
+        generator=torch.Generator(device).manual_seed(seed), **how)
 
 
 def save_grid(images, path):
@@ -557,7 +552,7 @@ def sample_pictures(args, tokenizer_path, path, changes):
         file.unlink()
     for i, batch in enumerate(labels.split(100)):
         codes = sample_codes(model, batch, args.seed + 10 ** 9 * i, **changes)  # [100, L]
-        images = tokenizer.decode_codes(codes.to(args.device)).cpu()
+        images = tokenizer.decode_codes(codes).cpu()
         if not args.separate:
             grid.append(images)
             continue

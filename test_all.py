@@ -21,6 +21,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -634,7 +635,8 @@ def test_a_public_titok_reconstructs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pretrained", "titok", "titok.bin",
                                       f"{tmp_path}/photo.png", "--out", f"{tmp_path}"])
     pretrained.main()
-    codes = model.encode(data.read_image(tmp_path / "photo.png", 64)[None])[0]
+    codes = model.encode(torch.from_numpy(
+        data.read_image(tmp_path / "photo.png", 64)[None]) / 255)[0]
     assert f"photo.png: {' '.join(map(str, codes.tolist()))}\n" in capsys.readouterr().out
     assert Image.open(tmp_path / "reconstruct.png").size == (2 * 130 - 2, 128)
 
@@ -827,10 +829,10 @@ def test_killed_runs(alone, small_stages, tmp_path, stage):
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
     def breaks(temporary):
-        temporary.write_bytes(b"half")
+        temporary.write(b"half")
         raise OSError(28, "No space left on device")
 
-    trainer.write_atomically(tmp_path / "x.pt", lambda path: path.write_bytes(b"whole"))
+    trainer.write_atomically(tmp_path / "x.pt", lambda file: file.write(b"whole"))
     with pytest.raises(OSError, match="No space left on device"):
         trainer.write_atomically(tmp_path / "x.pt", breaks)
     assert (tmp_path / "x.pt").read_bytes() == b"whole"
@@ -1199,7 +1201,7 @@ def test_fashion(tmp_path, monkeypatch):
 def test_every_mode_and_draft_show_the_same_picture(tmp_path):
     def saved(name, image, **options):
         image.save(tmp_path / name, **options)
-        return data.read_image(tmp_path / name, 32)
+        return torch.from_numpy(data.read_image(tmp_path / name, 32)) / 255
     base = picture(1)
     want, turned, grey = saved("rgb.png", base), Image.Exif(), base.convert("L")
     turned[0x0112] = 6                                  # "turn 90 degrees clockwise to see it"
@@ -1221,16 +1223,26 @@ def test_every_mode_and_draft_show_the_same_picture(tmp_path):
     Image.fromarray(np.array([[258, 513]], np.uint16)).save(tmp_path / "clear.png",
                                                             transparency=258)
     assert np.asarray(data.decode_image(tmp_path / "clear.png", 2))[0, :, 0].tolist() == [255, 2]
+    for bits, color, row, clear in ((4, 0, b"\x25", ">H"), (16, 2, b"\x20\0" * 3 + b"\x50\0" * 3,
+                                                         ">HHH")):      # Pillow scales the pixels
+        chunks = ((b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, color, 0, 0, 0)),
+                  (b"tRNS", struct.pack(clear, *[5 << (bits - 4)] * (len(clear) - 1))),
+                  (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+        (tmp_path / "bits.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(text)) + kind + text + struct.pack(">I", zlib.crc32(kind + text))
+            for kind, text in chunks))
+        pixels = np.asarray(data.decode_image(tmp_path / "bits.png", 2))[0, :, 0]
+        assert pixels[0] in (32, 34) and pixels[1] == 255
     for dtype in (np.float32, np.int32):                # white where 255 is, or 1, or its largest?
         Image.fromarray(np.full((16, 16), 64, dtype)).save(tmp_path / "f.tif")
-        with pytest.raises(BadInput, match="f.tif: not a picture .*range of its pixels"):
+        with pytest.raises(BadInput, match="f.tif: cannot be read .*range of its pixels"):
             data.read_image(tmp_path / "f.tif", 16)
     stripes = np.zeros((20, 60, 3), np.uint8)
     stripes[:, 20:40] = 255                             # the middle is what is shown
     assert saved("b.png", Image.fromarray(stripes)).mean() > 0.9
     (tmp_path / "c.png").write_text("hello")
     for name in ("c.png", "missing.png", "."):
-        with pytest.raises(BadInput, match="not a picture"):
+        with pytest.raises(BadInput, match="cannot be read"):
             data.read_image(tmp_path / name, 8)
     for size, reduced in (((300, 400), True), ((130, 129), True), ((60, 50), False)):
         picture(1, *size).save(tmp_path / "d.jpg", quality=95)

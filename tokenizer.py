@@ -609,7 +609,7 @@ def train_stage2(args):
 def reconstruct(model, names, path):
     """Write each image beside its reconstruction, and print the codes."""
     size, device = model.config.image_size, next(model.parameters()).device
-    images = torch.stack([data.read_image(name, size) for name in names])
+    images = torch.stack([torch.from_numpy(data.read_image(name, size)) for name in names]) / 255
     codes = model.encode(images.to(device))  # [n, L]
     for name, row in zip(names, codes.tolist()):
         print(f"{name}: {' '.join(map(str, row))}")

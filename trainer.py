@@ -107,8 +107,9 @@ def add_fields(parser, cls, names=None):
             how = {"action": argparse.BooleanOptionalAction}
         elif kind == tuple[int, ...]:
             how["type"] = lambda value: tuple(map(int, value.split(",")))
-        elif get_args(kind):            # Literal["a", "b"]
-            how, text = {"metavar": "", "choices": get_args(kind)}, f"{text}: %(choices)s"
+        elif choices := get_args(kind):     # Literal["a", "b"]
+            how = {"metavar": "", "choices": choices, "type": type(choices[0])}
+            text += ": %(choices)s"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **how)
 
 
@@ -166,22 +167,23 @@ def override(preset, args):
 # ---- Files
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename that: at path is a whole file, old or new."""
+    """Call write(a temporary file), then rename that: at path is a whole file, old or new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.writing{os.environ.get('RANK', '')}")
-    write(temporary)
-    with open(temporary, "rb+") as file:
+    with open(temporary, "w+b") as file:
+        write(file)
+        file.flush()
         os.fsync(file.fileno())     # before the rename, or a power cut could leave a hole
     os.replace(temporary, path)
 
 
 def write_text(path, text):
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save(checkpoint, path):
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def lock(path, wait=False):
@@ -212,7 +214,7 @@ def read_weights(source):
     else:
         with torch.serialization.safe_globals([argparse.Namespace]):    # LlamaGen's flags
             state = torch.load(source, map_location="cpu", weights_only=True)
-    state = state.get("model", state)       # LlamaGen's files: {"model": {name: tensor}, ...}
+    state = state.get("model", state)       # our checkpoints, LlamaGen's: {"model": {..}, ..}
     for name, tensor in state.items():
         if not tensor.is_meta and not tensor.isfinite().all():
             raise BadInput(f"{name} has numbers that are not finite")
@@ -378,8 +380,9 @@ class Run:
         self.rank, self.world = setup_ranks(self.device)
         self.main = self.rank == 0
         share = training.batch_size // self.world       # of a step's images, on this rank
-        if not share or share * self.world != training.batch_size:
-            raise BadInput(f"--batch_size {training.batch_size}: no multiple of {self.world} ranks")
+        if share < 1 or share * self.world != training.batch_size:
+            raise BadInput(f"--batch_size {training.batch_size}: give a multiple of the number of "
+                           f"ranks, {self.world}")
         self.accumulate = next(n for n in range(1, share + 1)
                                if share % n == 0 and share // n <= max(1, training.micro_batch))
         self.share = (self.rank, self.world, self.accumulate)

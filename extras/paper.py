@@ -32,22 +32,19 @@ NAMES = ("table1", "table3a", "table3b", "table3c", "table5", "table6",
 INTERVAL = "± half of the 95 % interval (Student's t)"
 
 
-def verdict(gaps, paper):
-    """Does the difference of two models (ours, one per seed) have the sign of the paper's?"""
-    half = half_width(gaps)
-    if half is None or abs(np.mean(gaps)) <= half:
-        return "undecided"
-    return "holds" if np.mean(gaps) * paper > 0 else "does not at this scale"
-
-
 def difference(ours, others, paper):
-    """Cells of a table, of two models' scores, one per seed. paper: its difference, or "lower" or
-    "higher"; "" if it claims nothing."""
+    """Cells of a table: the difference of two models' scores (one per seed), the paper's, and
+    whether ours has its sign. paper: a number, "lower", "higher", or "" if it claims nothing."""
     gaps = np.subtract(ours, others)                                        # [seeds]
-    if isinstance(paper, str):
-        sign = {"lower": -1, "higher": 1}.get(paper)
-        return [spread(gaps, "+.2f"), paper, verdict(gaps, sign) if sign else ""]
-    return [spread(gaps, "+.2f"), f"{paper:+.2f}", verdict(gaps, paper)]
+    half, claim = half_width(gaps), paper if isinstance(paper, str) else f"{paper:+.2f}"
+    if not claim:
+        verdict = ""
+    elif half is None or abs(gaps.mean()) <= half:
+        verdict = "undecided"
+    else:
+        agrees = (gaps.mean() < 0) == claim.startswith(("lower", "-"))
+        verdict = "holds" if agrees else "does not at this scale"
+    return [spread(gaps, "+.2f"), claim, verdict]
 
 
 def compare(models, claims, notes=()):
@@ -299,13 +296,12 @@ def publish(paper, name):
         made["notes"].append("FID by evaluate.py, its protocol in the .json files." if paper.fid
                              else "FD: Fréchet distance by a small network; not FID. Compare which "
                              "is lower, not the values.")
-    text = f"### {made['title']}\n\n"
-    for rows in made["tables"]:
-        text += f"{markdown(rows)}\n\n"
+    blocks = [f"### {made['title']}", *map(markdown, made["tables"])]
     if picture := made.pop("picture", None):
         data.save_picture(picture, args.out / f"{name}.png")
-        text += f"![]({name}.png)\n\n"
-    text += "".join(f"- {line}\n" for line in made["notes"])
+        blocks.append(f"![]({name}.png)")
+    blocks.append("\n".join(f"- {line}" for line in made["notes"]))
+    text = "\n\n".join(blocks) + "\n"
     trainer.write_text(args.out / f"{name}.md", text)
     trainer.write_text(args.out / f"{name}.json", json.dumps(made, indent=1) + "\n")
     print(text, flush=True)
@@ -366,12 +362,14 @@ def score_seed(args):
                   for steps in (BUDGETS[-1:] if "causal" in name else BUDGETS)}
     names = ["vqgan", "hnt/nativetok_8", *STUDY.values(), *sorted({*generators.values()})]
     for name in (*names, *generators):
-        path, stage2 = folder / f"{name}.pt", generators.get(name)
+        path = folder / f"{name}.pt"
         saved = trainer.load_checkpoint(path, ("vqgan", "tokenizer", "ar"), "make evidence")
         trained[name] = saved["step"]
-        scores[name] = (
-            score_generator(bench, path, folder / f"{stage2}.pt", scores[stage2]["fd"])
-            if stage2 else score_tokenizer(bench, path, teacher))
+        if stage2 := generators.get(name):
+            scores[name] = score_generator(bench, path, folder / f"{stage2}.pt",
+                                           scores[stage2]["fd"])
+        else:
+            scores[name] = score_tokenizer(bench, path, teacher)
         print(f"{path}: scored", flush=True)
         if args.seed == 0:
             lines = trainer.read_log((args.out if name == "vqgan" else folder) / f"{name}.jsonl")
@@ -389,8 +387,7 @@ def score_seed(args):
 # what, its key in a model's scores, the model; the paper's claim, or its NativeTok minus TiTok
 STAGE1 = [("PSNR after stage 1, soft, dB", "psnr", "{}", "higher"),
           ("PSNR after stage 1, argmax, dB", "psnr_argmax", "{}", "higher"),
-          ("cross-entropy of stage 1", "cross_entropy", "{}", "lower"),
-          ("rFD after stage 1, argmax", "fd_argmax", "{}", None)]
+          ("cross-entropy of stage 1", "cross_entropy", "{}", "lower")]
 LATER = [
     ("PSNR after stage 2, dB", "psnr", "{}_stage2", ""),
     ("rFD after stage 2", "fd", "{}_stage2", 0.36),
@@ -425,14 +422,13 @@ def evidence(args):
             ("Table 3b", "reuse", "full", -0.04),
             ("Table 3b", "reuse + fine-tune", "reuse", -0.24)):
         cells = [["", one, other, "difference", "paper", "verdict"]]
-        for what, key, where, paper in STAGE1 + LATER:
+        # it claims nothing of generators on TiTok (causal)
+        later = LATER if other == "TiTok" else [(*row[:3], "") for row in LATER]
+        stage1 = [*STAGE1, ("rFD after stage 1, argmax", "fd_argmax", "{}", rfid)]
+        for what, key, where, paper in stage1 + later:
             ours, theirs = (where.format(STUDY[model]) for model in (one, other))
             if theirs not in seeds[0]["scores"]:
                 continue
-            if key == "fd_argmax":
-                paper = rfid
-            elif other == "TiTok (causal)" and where != "{}":
-                paper = ""      # it has no generator for it
             a, b = of(ours, key), of(theirs, key)
             cells.append([what, spread(a), spread(b), *difference(a, b, paper)])
         print(f"\n### {title}: {one} and {other}\n\n{markdown(cells)}")

@@ -262,7 +262,7 @@ def sample_rows(bench, generator, tokenizer):
     """Ten samples of each class, at most 20 classes, as rows for picture_of."""
     labels = bench.sample_labels.unique()[:20]
     codes = sample_codes(generator, labels.repeat_interleave(10), bench.seed)      # [10 rows, L]
-    images = tokenizer.decode_codes(codes.to(bench.device)).split(10)
+    images = tokenizer.decode_codes(codes).split(10)
     return [(bench.test.classes[label], row) for label, row in zip(labels, images)]
 
 
