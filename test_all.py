@@ -1630,7 +1630,7 @@ def test_inception_golden(inception, monkeypatch):
     assert seen == [(True, False)]      # on a GPU with cuDNN, but exact
     np.testing.assert_allclose(pool, numbers["pool"], atol=1e-5)
     np.testing.assert_allclose(logits, numbers["logits_unbiased"], atol=1e-5)
-    torchvision = inception.state_dict() | {"fc.weight": torch.zeros(1000, 2048)}
+    torchvision = inception.state_dict() | {"fc/weight": torch.zeros(1000, 2048)}
     with pytest.raises(BadInput, match="not pytorch-fid's weights"):
         evaluate.InceptionFID(torchvision)
 
