@@ -148,7 +148,7 @@ class InceptionFID(nn.Module):
 
     def conv(self, x, name, stride=1, padding="same"):
         """[B, C_in, H, W] -> [B, C_out, H', W']: convolution, batch norm, ReLU."""
-        weight, *norm = (self.get(f"{name}.{part}") for part in (
+        weight, *norm = (self.get(f"{name}.{part}") for part in (   # in batch_norm's order
             "conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
         x = F.conv2d(x, weight, stride=stride, padding=padding)
         return F.relu(F.batch_norm(x, *norm, eps=1e-3), inplace=True)       # TensorFlow's eps
@@ -310,8 +310,8 @@ def subset(dataset, limit):
 
 @torch.inference_mode()
 def features_of(pictures, inception, device, copy=None):
-    """{"pool": float32 [n, 2048], "logits": [n, 1008]} on every rank; each computes a share. copy:
-    uint8 [n, H, W, 3], filled with the pictures."""
+    """{"pool": float32 [n, 2048], "logits": [n, 1008]}, or {} of statistics alone, on every rank;
+    each computes a share. copy: uint8 [n, H, W, 3], filled with the pictures."""
     rank, world = trainer.setup_ranks(device)
     starts, found = range(0, pictures.count, BATCH), []
     mine = starts[len(starts) * rank // world:len(starts) * (rank + 1) // world]

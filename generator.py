@@ -85,8 +85,8 @@ def guide(logits, scale):
 
 def rotary(config, length, device):
     """Cosine and sine of each position's rotation of each pair of channels: [2, T, D/h/2]. 2d: half
-    of the pairs turn by the code's row in the grid, half by its column. The class token's are both
-    0, as LlamaGen was trained: its query and key vanish."""
+    of the pairs turn by the code's row in the grid, half by its column. The class token, in front,
+    has 0 for both, which makes its query and key 0, as LlamaGen was trained."""
     position, grid = torch.arange(length - 1, device=device), math.isqrt(length)
     parts = [position] if config.rope == "1d" else [position // grid, position % grid]
     pairs = config.width // config.heads // 2 // len(parts)

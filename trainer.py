@@ -433,8 +433,8 @@ class Run:
         return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def start(self, **parts):
-        """Load the parts, which are what a checkpoint holds, on --resume. From here on Ctrl-C saves
-        before it ends the run."""
+        """On --resume load the parts, which a checkpoint holds by these names. From here on Ctrl-C
+        saves before it ends the run."""
         # each rank's own masks and dropout
         torch.manual_seed(self.args.seed + 1000 * self.rank + self.step)
         if self.checkpoint:

@@ -48,8 +48,8 @@ def difference(ours, others, paper):
 
 
 def compare(models, claims, notes=()):
-    """For `publish`, of {model: {head: cell}}: a row per model. A cell is a text, or a score: ours,
-    one value per seed, and the paper's. claims: [(head, model, another)]."""
+    """For `publish`, of {model: {head: cell}}: a row per model, then the claims, each (head, model,
+    another). A cell is a text, or a score ([ours, one value per seed], the paper's)."""
     rows = [["", *next(iter(models.values()))]]
     for name, cells in models.items():
         rows.append([name, *(cell if isinstance(cell, str) else
