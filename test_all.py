@@ -544,7 +544,7 @@ def test_titok_golden():
 
 
 def test_convnext_golden():
-    model = pretrained.ConvNeXtSmall(rule_weights(golden("convnext_s_keys.json")))
+    model = vqgan.ConvNeXtSmall(rule_weights(golden("convnext_s_keys.json")))
     want = golden_tensors("convnext_s")
     images = want["images"]
     close(model(images), want["logits"], 1e-4)
@@ -1809,7 +1809,7 @@ def test_bench_of_the_report(tmp_path):
     right = bench.classifier(originals[:, :, 2:30, 2:30])[1].argmax(1) == labels
     assert scores == pytest.approx({"psnr": 100, "accuracy": right.float().mean().item(), "fd": 0},
                                    abs=1e-6)
-    darker = bench.score([(originals * 0.5, labels, None)])
+    darker = bench.score([(originals * 0.5, labels)])
     assert darker.keys() == {"accuracy", "fd"} and darker["fd"] > scores["fd"]
 
 

@@ -6,11 +6,11 @@
 Letters: B batch, H W pixels, N patches, L tokens, d width of an expert, G side of the VQGAN's grid.
 """
 import statistics
-import time
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import generator
@@ -25,22 +25,20 @@ FULL_SIZE = ("nativetok_32", "nativetok_64", "nativetok_128", "titok_l_32")
 
 # ---- Speed
 
-def interleave(forms, rounds, device):
+def interleave(forms, rounds):
     """{name: median seconds} of {name: function}, called in turn `rounds` times after a warm-up: on
     a shared machine only times taken side by side can be compared."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds = {name: [] for name in forms}
     for _ in range(1 + rounds):
         for name, form in forms.items():
-            started = time.perf_counter()
+            started = timer()       # waits for the GPU
             form()
-            wait()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(timer() - started)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def training_step(config, device, batch, recompute=False):
-    """(model, step): step() is one of stage 1 or generator.py on random data, minus EMA."""
+    """(model, step): step() is one of stage 1 or generator.py on random data, without EMA."""
     c, training = config, trainer.TrainConfig(recompute=recompute)
     is_generator = isinstance(c, generator.GeneratorConfig)
     if is_generator:
@@ -81,18 +79,17 @@ def hnt_steps(config, device, batch, reused=None):
             "frozen": partial(step_after, hnt.freeze_reused, reused or config.tokens // 2)}
 
 
-def step_ratio(path, device="cpu"):
+def step_ratio(path, device):
     """Seconds of a frozen step / of a full one, of a checkpoint; None if not grown."""
     saved = trainer.load_checkpoint(path, "tokenizer", "python hnt.py")
-    if "reused" not in saved["settings"]:
-        return None
-    config, reused = tokenizer.TokenizerConfig(**saved["config"]), saved["settings"]["reused"]
-    seconds = interleave(hnt_steps(config, torch.device(device), 16, reused), 5, device)
-    return seconds["frozen"] / seconds["full"]
+    if reused := saved["settings"].get("reused"):
+        config = tokenizer.TokenizerConfig(**saved["config"])
+        seconds = interleave(hnt_steps(config, device, 16, reused), 5)
+        return seconds["frozen"] / seconds["full"]
 
 
 def compare(device, batch):
-    """Seconds of two forms of the same work, their ratio, and the paper's."""
+    """Seconds of two ways to do something, their ratio, and the paper's."""
     native = tokenizer.build(PRESETS["nativetok_32"]).to(device).eval()
     titok = tokenizer.build(PRESETS["titok_l_32"]).to(device).eval()
     ar = generator.ARGenerator(PRESETS["ar_full"]).to(device).eval()
@@ -108,7 +105,7 @@ def compare(device, batch):
             ("Table 3c, encoding", "0.88x", {"TiTok": lambda: titok.encode(images),
                                              "NativeTok": lambda: native.encode(images)}),
             ("Table 3b, a step", "1.33x", hnt_steps(PRESETS["nativetok_64"], device, batch))):
-        a, b = interleave(forms, 5, device).values()
+        a, b = interleave(forms, 5).values()
         what += f": {' / '.join(forms)}"
         print(f"{what:<42}{a:>10.4f}{b:>10.4f}{a / b:>7.2f}x{paper:>8}")
 
@@ -122,15 +119,15 @@ def speed(args):
     compare(device, batch)
     size = 8192 if cuda else 512
     x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    peak = 2 * size ** 3 / interleave({"": lambda: x @ x}, 20, device)[""]      # bf16
+    peak = 2 * size ** 3 / interleave({"": lambda: x @ x}, 20)[""]      # bf16
     print(f"{'one step':<26}{'seconds':>9}{'samples/s':>10}{'GiB':>6}  of {peak:.1e} FLOP/s")
     for name in (*FULL_SIZE, "nativetok_128 --recompute", "ar_full", "maskgit_full"):
-        config, step = PRESETS[name.split()[0]], None       # None: frees the model before
+        config, step = PRESETS[name.split()[0]], None       # drops the model before
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         try:
             step = training_step(config, device, batch, "--recompute" in name)[1]
-            seconds = interleave({name: step}, 10 if cuda else 1, device)[name]
+            seconds = interleave({name: step}, 10 if cuda else 1)[name]
         except torch.OutOfMemoryError:
             print(f"{name:<26} does not fit. Try a smaller --batch_size")
             continue
@@ -144,9 +141,8 @@ def speed(args):
 
 # ---- Parameters and multiply-adds
 
-def count(*modules, trained=False):
-    parameters = [p for module in modules for p in module.parameters()]
-    return sum(p.numel() for p in parameters if p.requires_grad or not trained)
+def count(module, trained=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def work_of(config):
@@ -186,8 +182,8 @@ def params(args):
         print("  " + ", ".join(f"{part} {n / 1e6:.2f}M" for part, n in parts.items() if n))
         print("  GMACs: " + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in macs.items()))
         if preset in ("nativetok_64", "nativetok_128"):     # half of the tokens are new
+            own = count(model, trained=True)        # all but the VQGAN's part
             hnt.freeze_reused(model, model.config.tokens // 2)
-            own = count(model) - count(model.pixel_codebook, model.pixel_decoder)
             print(f"  {count(model, trained=True) / own:.1%} of all but the VQGAN train under HNT")
 
 

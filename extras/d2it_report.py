@@ -18,37 +18,34 @@ from torch.utils.flop_counter import FlopCounterMode
 import d2it
 import data
 import trainer
-from evaluate import feature_statistics, frechet_distance
 from extras.report import Bench, markdown, picture_of, spread, without_border
 
 
 def fd(bench, images):
     """Images [n, 3, H, W] on the CPU -> Fréchet distance to the test images."""
-    batches = ((part, torch.zeros(len(part))) for part in images.split(250))
-    return frechet_distance(*feature_statistics(bench.look(batches)[0]), *bench.reference)
+    return bench.score((part, torch.zeros(len(part))) for part in images.split(250))["fd"]
 
 
 def rate_distortion(bench, dvae):
     """{rule: codes per image, mse, fd} of the test images, all in one decoder. "evenly": the error
     of as many codes as the entropy map's, spread evenly: on the straight line, in logarithms of
     codes and error, from all coarse to all fine."""
-    train_images, rows = next(data.all_images(bench.train, 4096))[0], {}
+    train_images, rows = torch.cat([x for x, _ in bench.images(bench.train, 4096)]), {}
     for rule in ("coarse", "fine", "entropy", "variance", "random"):
         chooser, errors, decoded, share = copy.deepcopy(dvae), [], [], []
         chooser.config = replace(dvae.config, grain=rule)
         chooser.set_threshold(train_images)
         for images, _ in bench.images(bench.test):
-            z, grain_map = dvae.encode(images, chooser.grain_map(images))
-            decoded.append(dvae.decode(z, grain_map).clamp(0, 1))
+            z, grain_map = chooser.encode(images)
+            decoded.append(chooser.decode(z, grain_map).clamp(0, 1))
             error = without_border(decoded[-1] - images, bench.test.border)
             errors.append(error.square().mean((1, 2, 3)))
             share.append(grain_map.float().mean((1, 2)))
         rows[rule] = {"codes": dvae.config.grid ** 2 * (1 + 3 * torch.cat(share).mean().item()),
                       "mse": torch.cat(errors).mean().item(), "fd": fd(bench, torch.cat(decoded))}
-    codes, errors = ([rows[rule][key] for rule in ("coarse", "fine")] for key in ("codes", "mse"))
-    share = math.log(rows["entropy"]["codes"] / codes[0], codes[1] / codes[0])
-    rows["evenly"] = {"codes": rows["entropy"]["codes"],
-                      "mse": errors[0] * (errors[1] / errors[0]) ** share}
+    coarse, fine, codes = rows["coarse"], rows["fine"], rows["entropy"]["codes"]
+    way = math.log(codes / coarse["codes"], fine["codes"] / coarse["codes"])    # 0 .. 1
+    rows["evenly"] = {"codes": codes, "mse": coarse["mse"] * (fine["mse"] / coarse["mse"]) ** way}
     return rows
 
 
@@ -60,8 +57,8 @@ def noise_errors(bench, dvae, content):
         z, grain_map = dvae.encode(images)  # [B, C, 2G, 2G]
         t = torch.randint(d2it.TIME_STEPS, (len(z),), generator=generator)
         noise = d2it.draw_noise(grain_map, z.shape[1], generator)
-        no = torch.zeros(len(z), dtype=torch.bool)
-        final, rough = content(d2it.add_noise(z, t, noise), t, labels, grain_map, no)
+        keep_class = torch.zeros(len(z), dtype=torch.bool)
+        final, rough = content(d2it.add_noise(z, t, noise), t, labels, grain_map, keep_class)
         both = (torch.stack([rough, final]) - noise).square().mean(2)  # [2, B, 2G, 2G]
         is_fine = d2it.to_fine_grid(grain_map)
         errors["coarse"].append(both[:, ~is_fine])
@@ -70,7 +67,7 @@ def noise_errors(bench, dvae, content):
 
 
 def grain_bits(grain, maps, labels):
-    """Bits per cell of the test maps [n, G, G], drawn one by one in random order: the loss."""
+    """Bits per cell of the test maps [n, G, G]: the model's loss, mean of 16 random orders."""
     dvae = SimpleNamespace(grain_map=lambda images: maps)
     torch.manual_seed(0)
     draws = [d2it.grain_loss(grain, None, dvae, None, labels)[1]["bits"] for _ in range(16)]
@@ -101,7 +98,7 @@ def sampled_fd(bench, dvae, content, maps):
 
 def picture(bench, dvae, path):
     """Test images, their entropy, their maps, and what is decoded from their codes."""
-    images = bench.examples(10).cpu()
+    images = bench.examples().cpu()
     entropies = dvae.complexity(images)  # [10, G, G]
     grey = F.interpolate(entropies[:, None] / entropies.max(), images.shape[-1]).expand_as(images)
     z, grain_map = dvae.encode(images)
@@ -182,7 +179,7 @@ def main():
     numbers = measure(args, Bench(args, d2it.PRESETS["dvae_toy"].image_size))
     trainer.write_text(args.out / "d2it.json", json.dumps(numbers, indent=1) + "\n")
     print(tables(numbers), f"\n\n{args.out}/d2it.json, d2it_maps.png")
-    args.sample, args.classes, args.output = 40, None, None
+    args.sample, args.classes, args.output = 40, None, None     # what d2it.sample reads
     d2it.sample(args)
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import data
 import trainer
 from evaluate import BATCH
-from extras.bench import interleave, step_ratio
+from extras.bench import count, interleave, step_ratio
 from extras.report import (Bench, half_width, line_plot, machine, markdown, order_curves,
                            order_plots, picture_of, sample_rows, spread, two_columns)
 from generator import load_pair, open_tokenizer
@@ -154,8 +154,7 @@ class Paper:
     def row(self, name, rfid, stage=""):
         """Cells for `compare`. rfid: the paper's."""
         model = self.load(name)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        return {"parameters": f"{millions:.2f}M", "tokens": str(model.config.tokens),
+        return {"parameters": f"{count(model) / 1e6:.2f}M", "tokens": str(model.config.tokens),
                 f"{self.r}{stage}": (self.scores(name), rfid)}
 
     def table1(self):
@@ -194,7 +193,7 @@ class Paper:
         size, device = self.bench.test.image_size, self.bench.device
         images = torch.rand(64, 3, size, size, device=device)
         seconds = interleave({model: partial(self.load(name).encode, images) for model, name in
-                              (("VQGAN", "vqgan"), *self.pair.items())}, 9, device)
+                              (("VQGAN", "vqgan"), *self.pair.items())}, 9)
         models = {}
         for model, paper in (("VQGAN", 233.02), ("TiTok", 136.32), ("NativeTok", 119.85)):
             models[model] = {
@@ -338,7 +337,7 @@ def score_tokenizer(bench, path, teacher):
         scores["cross_entropy"] = losses.mean().item()
         hard = bench.score_reconstructions(model, hard=True)
         scores |= {f"{key}_argmax": value for key, value in hard.items()}
-    return {"parameters": sum(p.numel() for p in model.parameters()), **scores}
+    return {"parameters": count(model), **scores}
 
 
 def score_generator(bench, path, tokenizer_path, rfd):

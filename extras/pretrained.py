@@ -10,10 +10,10 @@
 | tokenizer_titok_l32_imagenet, _b64_, _s128_ | Hugging Face, yucornetto | load_titok |
 | generator_titok_s128_imagenet | Hugging Face, yucornetto | load_titok_maskgit |
 | c2i_B_256.pt, c2i_L_256.pt | Hugging Face, FoundationVision/LlamaGen | load_llamagen |
-| convnext_small-0c510722.pth | torchvision | ConvNeXtSmall |
+| convnext_small-0c510722.pth | torchvision | vqgan.ConvNeXtSmall |
 
-Models come in eval mode, without gradients. Tests hold each network equal to the official code on
-seeded weights; none was run with its file.
+Models come in eval mode, without gradients. Tests compare each network with the official code's
+outputs on seeded random weights; the published files themselves have not been loaded.
 Letters: B batch, H W pixels, L tokens, D width, c length of a code vector, K codes.
 """
 from dataclasses import asdict, replace
@@ -24,7 +24,6 @@ import trainer
 import vqgan
 from tokenizer import TiTok, TokenizerConfig, reconstruct
 from trainer import BadInput
-from vqgan import VQGAN, ConvNeXtSmall  # noqa: F401
 
 
 def layers_of(state, prefix):
@@ -35,7 +34,7 @@ def layers_of(state, prefix):
 def load_maskgit_vqgan(path_or_state_dict):
     """The public MaskGIT-VQGAN (168 entries, 54.5M numbers) as a VQGAN."""
     state = trainer.read_weights(path_or_state_dict)
-    model = VQGAN(vqgan.PRESETS["full"])
+    model = vqgan.VQGAN(vqgan.PRESETS["full"])
     model.load_state_dict({"quantize.usage": model.quantize.usage, **state})    # ours alone
     return model.eval().requires_grad_(False)
 
@@ -55,7 +54,7 @@ TITOK_NAMES = (     # theirs -> ours, in this order
 def load_titok(path_or_state_dict, image_size=256):
     """The public TiTok-L-32, -B-64 or -S-128 as a TiTok, sizes read off the shapes.
 
-    They were trained with a slip: before the last layer the encoder's [L, D] numbers are
+    They were trained with a bug: before the last layer the encoder's [L, D] numbers are
     reinterpreted, not transposed, as [D, L], so each latent mixes many tokens (`legacy`).
     """
     state = trainer.read_weights(path_or_state_dict)
@@ -67,14 +66,8 @@ def load_titok(path_or_state_dict, image_size=256):
         decoder_layers=layers_of(state, "decoder.transformer."),
         code_dim=code_dim, codebook_size=codebook_size,
         vqgan=replace(vqgan.PRESETS["full"], image_size=image_size)))
-    model.load_state_dict(renamed(state, model.state_dict()))
-    model.legacy = True
-    return model.eval().requires_grad_(False)
-
-
-def renamed(state, ours):
-    """TiTok's state dict with our names and shapes; ours: a state dict of our model."""
-    new = {}
+    ours = model.state_dict()
+    new = {"quantizer.usage": ours["quantizer.usage"]}      # ours alone
     for name, value in state.items():
         for theirs, mine in TITOK_NAMES:
             name = name.replace(theirs, mine)
@@ -82,9 +75,11 @@ def renamed(state, ours):
     # two tables [L, D], only added up
     new["latent_tokens"] = (new["latent_tokens"] + new.pop("encoder.latent_positions"))[None]
     for name in new.keys() & ours.keys():       # 1x1 convolutions, and a leading 1
-        if [n for n in new[name].shape if n > 1] == [n for n in ours[name].shape if n > 1]:
+        if new[name].squeeze().shape == ours[name].squeeze().shape:
             new[name] = new[name].reshape(ours[name].shape)
-    return {"quantizer.usage": ours["quantizer.usage"], **new}
+    model.load_state_dict(new)
+    model.legacy = True
+    return model.eval().requires_grad_(False)
 
 
 # ---- Generators. Their attribute names are those of the public weights

@@ -3,8 +3,9 @@
     python -m extras.report             # report.html, scores.json, curves.json, pictures, in --out
     python -m extras.report scores      # only the table, of the stages that exist so far
 
-Accuracy and the Fréchet distance (not FID) come from the FD-classifier, a small network trained on
-the classes of the training images: here, or once for Fashion-MNIST. No stage is trained against it.
+Accuracy and the Fréchet distance (not FID) come from the FD-classifier, a small network trained to
+classify the training images: on first use, but Fashion-MNIST's is in assets/. No stage trains
+against it.
 
 Letters: B batch, H W pixels, n images of a set, L tokens, K codes in a codebook, F features of the
 classifier. Images are float32 [B, 3, H, W] in [0, 1], codes int64 [B, L], labels int64 [B].
@@ -66,7 +67,7 @@ def without_border(images, border):     # [B, 3, H, W] -> [B, 3, H - 2 border, W
 
 
 def perplexity(codes, codebook_size):
-    """exp(entropy) of codes: 1 (one code) .. K (all alike)."""
+    """exp(entropy) of codes: 1 (one code) .. K (all used equally)."""
     share = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()        # [K]
     return torch.special.entr(share.double()).sum().exp().item()
 
@@ -124,14 +125,14 @@ class Bench:
         return feature_statistics(self.look(self.images(self.test))[0])
 
     def images(self, dataset, count=None):
-        """`count` random images, by default as many as test images, as batches (images, labels)."""
+        """`count` random images, by default as many as are scored, as batches (images, labels)."""
         return data.all_images(dataset, BATCH, subset(dataset, count or len(self.indices)))
 
-    def examples(self, count=10):
-        """The first test image of each class, then others: [count, 3, H, W]."""
+    def examples(self):
+        """The first test image of each class, then others: [10, 3, H, W]."""
         first = np.unique(self.test.labels, return_index=True)[1]
-        chosen = np.concatenate([first, np.setdiff1d(self.indices, first)])[:count]
-        return next(data.all_images(self.test, count, chosen))[0].to(self.device)
+        chosen = np.concatenate([first, np.setdiff1d(self.indices, first)])[:10]
+        return next(data.all_images(self.test, 10, chosen))[0].to(self.device)
 
     def in_threads(self, function, batches):
         """[function(*batch), ...], on a CPU in one thread per core."""
@@ -149,24 +150,23 @@ class Bench:
         return self.codes[key]
 
     def look(self, batches, decode=lambda images: images):
-        """(features [n, F], is the class right [n], dB [n] or [0]) of batches (images [B, 3, H, W],
-        or codes for decode; labels [B]; originals, if any), without the test set's border."""
+        """[features [n, F], is the class right [n]] of batches (images [B, 3, H, W], or codes for
+        decode; labels [B]), and dB [n] if they have originals, too; without the test set's border.
+        """
         classifier, border = self.classifier, self.test.border      # before the threads start
 
-        def one(images, labels, originals=None):
+        def one(images, labels, *originals):
             images = without_border(decode(images.to(self.device)), border)
             features, logits = classifier(images)                           # [B, F], [B, classes]
-            decibels = torch.zeros(0)
-            if originals is not None:
-                decibels = psnr(images, without_border(originals.to(self.device), border))
-            return features, logits.argmax(1) == labels.to(self.device), decibels
+            decibels = [psnr(images, without_border(x.to(self.device), border)) for x in originals]
+            return features, logits.argmax(1) == labels.to(self.device), *decibels
 
         return [torch.cat(parts).cpu() for parts in zip(*self.in_threads(one, batches))]
 
     def score(self, batches, decode=lambda images: images):
         """{"psnr": dB, "accuracy": 0 .. 1, "fd"}; without "psnr" if there are no originals."""
-        features, right, decibels = self.look(batches, decode)
-        scores = {"psnr": decibels.mean().item()} if len(decibels) else {}
+        features, right, *decibels = self.look(batches, decode)
+        scores = {"psnr": decibels[0].mean().item()} if decibels else {}
         return {**scores, "accuracy": right.float().mean().item(),
                 "fd": frechet_distance(*feature_statistics(features), *self.reference)}
 
@@ -183,8 +183,8 @@ class Bench:
         """score() of what a generator samples for sample_labels. changes: of its config."""
         parts = self.sample_labels.split(BATCH)
         codes = self.in_threads(        # [[BATCH, L], ...]
-            lambda i: sample_codes(generator, parts[i], self.seed * 10 ** 9 + i, **changes),
-            zip(range(len(parts))))
+            lambda i, labels: sample_codes(generator, labels, self.seed * 10 ** 9 + i, **changes),
+            enumerate(parts))
         return self.score(zip(codes, parts), tokenizer.decode_codes)
 
 
@@ -216,9 +216,9 @@ def measure(bench, files):
 
 
 def order_curves(bench, ar, tokenizer):
-    """Do the codes of the test images have an order? bits: mean -log2 p(code_i | class, codes
-    before) under the AR generator; unigram: entropy of code_i alone; mse: of the first `lengths`
-    codes decoded, of 250 images."""
+    """{"bits", "unigram", "lengths", "mse"}: what a code costs by its position in the test images'
+    codes, mean -log2 p(code_i | class, codes before) under the AR generator; the entropy of code_i
+    alone; the error of 250 images after the first `lengths` codes."""
     codes, bits = bench.encode(tokenizer), []                               # [n, L]
     for batch, labels in zip(codes.split(BATCH), bench.labels.split(BATCH)):
         batch, labels = batch.to(bench.device), labels.to(bench.device)
@@ -227,7 +227,7 @@ def order_curves(bench, ar, tokenizer):
         bits.append(loss.cpu() / math.log(2))
     unigram = [math.log2(perplexity(column, ar.config.codebook_size)) for column in codes.T]
     tokens = codes.shape[1]
-    lengths = sorted({round(k) for k in np.linspace(1, tokens, min(tokens, 32))})
+    lengths = [round(k) for k in np.linspace(1, tokens, min(tokens, 32))]
 
     def errors_of(images, _):
         images = images.to(bench.device)
@@ -315,9 +315,6 @@ def two_columns(pictures):
 
 
 # ---- The report
-
-PAGE = string.Template(Path(__file__).with_suffix(".html").read_text())
-
 
 def inline(picture):
     """A PIL image as HTML that holds all of it."""
@@ -416,7 +413,7 @@ def report(args, bench, files, seed):
         print("matplotlib is missing: no curves (pip install matplotlib)")
 
     test, size, (cells, note) = bench.test, bench.test.image_size, table(bench, scores)
-    page = PAGE.substitute(
+    page = string.Template(Path(__file__).with_suffix(".html").read_text()).substitute(
         {name: rows_of(rows) for name, rows in pictures.items()},
         title=f"NativeTok, {args.config}", size=64 if size <= 64 else 128, tokens=tokens,
         about=f"""{html.escape(test.name + test.note)}: {len(bench.train):,} training and
@@ -461,7 +458,7 @@ def main():
             ("ar", f"ar_{name}", f"generator.py --mode ar --tokens {tokens}"),
             ("maskgit", f"maskgit_{name}", f"generator.py --mode maskgit --tokens {tokens}")):
         files[stage] = args.out / f"{file}.pt"
-        if not files[stage].exists() and (args.what == "report" or stage == "vqgan"):
+        if args.what == "report" and not files[stage].exists():
             raise BadInput(f"{files[stage]}: not found. Train it first: python {command}")
     if args.device.type == "cpu":
         torch.set_num_threads(1)        # Bench has threads of its own
