@@ -562,8 +562,7 @@ def train(args, config, training):
     optimizer = trainer.adamw(model, training)
     ema = trainer.Ema(model, training.ema)
     run.start(model=model, ema=ema, optimizer=optimizer)
-    batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
-                           training.workers)
+    batches = data.batches(train_set, *run.order, training.workers)
 
     for step in range(run.step, training.steps):
         trainer.set_lr(optimizer, trainer.cosine(step, training))

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from trainer import BadInput, first_line, launch, make_parser, write_atomically, write_text
 
-say = cache(partial(print, flush=True))     # a line, once per process
+say = cache(partial(print, flush=True))     # prints a line, the same one once per process
 
 
 def hash_of(*parts):
@@ -42,7 +42,6 @@ class Images:
     content: str                # a hash; of a folder: of names and sizes, so the same for a copy
     border = 0                  # pixels of padding on each side: scores leave them out
     note = ""                   # for the log: "" or ", ..."
-    augment = False             # random views
     in_memory = False           # too fast for worker processes to help
 
     def __len__(self):
@@ -142,7 +141,7 @@ class Shapes(Images):
 
 # ---- Any folder of images
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF")     # no EPS: runs programs
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF")     # EPS would run programs
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 HELD_OUT = 0.05         # share that becomes `val` where the folder has none
 
@@ -233,8 +232,8 @@ def list_images(folder, by_class=True):
 
 def decode_image(path, image_size, draft=False):
     """The first frame as an RGB PIL image, turned as EXIF says, transparent on white. draft: a
-    large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, at least twice image_size: faster, but
-    not quite the same pixels, so not for scores."""
+    large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, at least twice image_size (which is for
+    this alone): faster, but not quite the same pixels, so not for scores."""
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         stored = image.tile[0][3] if image.format in ("PNG", "TIFF") else ""
@@ -289,9 +288,12 @@ def open_dataset(name, split, image_size, augment=False, draft=False):
     return Shapes(split, image_size)
 
 
-def row_order(n, batch_size, seed, step=0):
-    """Endless (epochs [B], indices [B]) of each step from `step` on. An epoch is a permutation of
-    all n, seeded by (seed, epoch), minus its incomplete last batch."""
+def row_order(n, batch_size, seed, step=0, rank=0, world=1, accumulate=1):
+    """This rank's (epochs [b], indices [b]), endless, `accumulate` per step, from `step` on. The
+    batch_size images of a step are cut into world x accumulate equal parts; each rank takes
+    `accumulate` in a row. An epoch is a permutation of all n, seeded by (seed, epoch), minus its
+    incomplete last batch."""
+    size = batch_size // (world * accumulate)   # b
     joined = -(-batch_size // n)            # epochs that a batch needs: 1 unless the set is tiny
     steps = joined * n // batch_size        # in these epochs
     for now in itertools.count(step):
@@ -300,8 +302,9 @@ def row_order(n, batch_size, seed, step=0):
             epochs = np.arange(block * joined, (block + 1) * joined)
             order = np.concatenate([
                 np.random.default_rng([seed % 2 ** 32, epoch]).permutation(n) for epoch in epochs])
-        places = np.arange(row * batch_size, (row + 1) * batch_size)    # in these epochs, [B]
-        yield epochs[0] + places // n, order[places]
+        for part in range(rank * accumulate, (rank + 1) * accumulate):
+            places = row * batch_size + part * size + np.arange(size)   # in these epochs, [b]
+            yield epochs[0] + places // n, order[places]
 
 
 def ignore_signals(worker):     # the first process saves
@@ -317,14 +320,10 @@ def read(dataset, rows, workers):
 
 
 def batches(dataset, batch_size, seed, step=0, rank=0, world=1, accumulate=1, workers=0):
-    """This rank's micro-batches, endless, `accumulate` per step: (images uint8 [b, 3, H, W], labels
-    int64 [b]), for trainer.to_device. The batch_size images of a step are cut into world x
-    accumulate equal parts, of which each rank takes `accumulate` in a row."""
-    size = batch_size // (world * accumulate)   # b
-    rows = ((epochs[start:start + size], indices[start:start + size], seed)
-            for epochs, indices in row_order(len(dataset), batch_size, seed, step)
-            for start in range(rank * accumulate * size, (rank + 1) * accumulate * size, size))
-    return read(dataset, rows, workers)
+    """The micro-batches of row_order: (images uint8 [b, 3, H, W], labels int64 [b]), for
+    trainer.to_device."""
+    order = row_order(len(dataset), batch_size, seed, step, rank, world, accumulate)
+    return read(dataset, ((*row, seed) for row in order), workers)
 
 
 def all_images(dataset, batch_size, indices=None, workers=0):
@@ -361,7 +360,7 @@ def picture_grid(images, columns, scale=1):
 
 
 def save_picture(image, path):
-    """Of a PIL image, as PNG unless the ending says otherwise."""
+    """Write a PIL image, as PNG unless the path's ending says otherwise."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
     write_atomically(path, lambda file: image.save(file, format=kind))
 
@@ -370,7 +369,7 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--data", default="auto", help="auto, fashion, shapes or a folder")
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--note", metavar="FILE", help="for what auto is")
+    parser.add_argument("--note", metavar="FILE", help="write the data set's name to FILE")
     args = parser.parse_args()
     train, val = (open_dataset(args.data, split, args.image_size) for split in ("train", "val"))
     print(f"{train.name}{train.note}: {len(train):,} train and {len(val):,} val images, "

@@ -431,12 +431,10 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
 def code_batches(codes, labels, batch_size, seed, step=0, rank=0, world=1, accumulate=1):
     """As data.batches, for codes [views, n, L]: endless (codes int64 [b, L], labels int64 [b]). An
     image's views take turns by epoch."""
-    size = batch_size // (world * accumulate)
-    for epochs, indices in data.row_order(len(labels), batch_size, seed, step):
-        for i in range(rank * accumulate, (rank + 1) * accumulate):
-            epoch, rows = epochs[i * size:][:size], indices[i * size:][:size]
-            batch = codes[(epoch + rows) % len(codes), rows].astype(np.int64)
-            yield torch.from_numpy(batch), torch.from_numpy(labels[rows])
+    order = data.row_order(len(labels), batch_size, seed, step, rank, world, accumulate)
+    for epochs, rows in order:
+        batch = codes[(epochs + rows) % len(codes), rows].astype(np.int64)
+        yield torch.from_numpy(batch), torch.from_numpy(labels[rows])
 
 
 # ---- Training
@@ -465,8 +463,7 @@ def train(args, config, tokenizer_path):
     optimizer = trainer.adamw(model, training, no_decay=no_decay)
     ema = trainer.Ema(model, training.ema)
     all_codes = extract_codes(run, tokenizer, fingerprint, dataset, args.out / f"codes_{name}")
-    batches = code_batches(all_codes, dataset.labels, training.batch_size, args.seed, run.step,
-                           *run.share)
+    batches = code_batches(all_codes, dataset.labels, *run.order)
     run.start(model=model, ema=ema, optimizer=optimizer)
 
     for step in range(run.step, training.steps):

@@ -32,9 +32,7 @@ from trainer import BadInput, TrainConfig
 
 FROZEN_SHARE = {"full": 0.0, "reuse": 1.0, "reuse+finetune": 0.9}       # of the steps
 TRAINING = {
-    "toy": TrainConfig(steps=700, batch_size=16, learning_rate=1e-3, end_learning_rate=5e-5,
-                       warmup=20, ema=0.99, workers=0, log_every=40, save_every=300,
-                       preview_every=600),
+    "toy": replace(tokenizer.TOY_TRAINING, steps=700, warmup=20, log_every=40),
     "small": TrainConfig(), "full": TrainConfig()}    # 450,000 steps frozen, as in appendix F.1
 
 
@@ -89,7 +87,7 @@ def train(args):
     frozen_steps = int(FROZEN_SHARE[args.strategy] * training.steps)
     suffix = "" if args.strategy == "reuse+finetune" else f"_{args.strategy}"
     grown = grow(source.state_dict(), reused, tokens)
-    train_set, originals = tokenizer.open_images(args, config.image_size)
+    train_set, originals = vqgan.open_images(args, config.image_size)
     run = trainer.Run(args, "tokenizer", f"nativetok_{tokens}{suffix}", config, training, train_set,
                       reused=reused, frozen_steps=frozen_steps, vqgan=trainer.fingerprint(teacher),
                       source=trainer.fingerprint(source))
@@ -109,8 +107,7 @@ def train(args):
     ema = trainer.Ema(model, training.ema)
     run.say(f"{source_path}: {reused} -> {tokens} tokens; {frozen_steps} steps with the old frozen")
     run.start(model=model, ema=ema, optimizer=optimizer)
-    batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
-                           training.workers)
+    batches = data.batches(train_set, *run.order, training.workers)
 
     for step in range(run.step, training.steps):
         if frozen and step == frozen_steps:  # now everything trains; AdamW starts again
@@ -131,8 +128,7 @@ def train(args):
         model.quantizer.update_usage()  # without revival, which would change the old tokens
         ema.update(model)
         run.log(step, grad_norm=grad_norm, frozen=float(frozen), **model.quantizer.stats())
-        if run.preview_due(step):
-            vqgan.save_preview(ema.model, originals, args.out / f"{run.path.stem}_preview.png")
+        vqgan.preview_if_due(run, step, ema.model, originals)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 

@@ -80,7 +80,8 @@ def normal(*shape, std):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention and a four times wider MLP. In an expert D is d."""
+    """Pre-norm transformer block: attention and a four times wider MLP. D is its own width, d in an
+    expert."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -196,14 +197,9 @@ class Expert(nn.Module):
         self.position_embedding = normal(width, std=0.02)  # of token i, for later experts too
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
-    def forward_plain(self, x):
-        """x [B, N + i + 1, d], pad last -> z_i [B, 1, d]."""
-        for block in self.blocks:
-            x = block(x)  # [B, N + i + 1, d]
-        return x[:, -1:]
-
     def forward(self, x):
-        """The same values, faster: in the last block only the pad's position is computed."""
+        """x [B, N + i + 1, d], pad last -> z_i [B, 1, d]. Of the last block only the pad's position
+        is computed, for speed."""
         for block in self.blocks[:-1]:
             x = block(x)
         return self.blocks[-1].last_position(x)
@@ -227,7 +223,9 @@ class MoCET(nn.Module):
             earlier = [z_j + self.experts[j].position_embedding for j, z_j in enumerate(z)]
             # z_i = T_i(X_latent, z_0, ..., z_{i-1}, z_padding), at z_padding's position
             x = torch.cat([x_latent, *earlier, pad + expert.position_embedding], dim=1)
-            z.append(expert.forward_plain(x))  # [B, 1, d]
+            for block in expert.blocks:
+                x = block(x)  # [B, N + i + 1, d]
+            z.append(x[:, -1:])  # [B, 1, d]
         return torch.cat(z, dim=1)
 
     def forward(self, x_latent):
@@ -415,20 +413,13 @@ def prepare(model, training):
         model.mocet.recompute = training.recompute
 
 
-def open_images(args, image_size):
-    """The training set, and 16 images [16, 3, H, W] for the preview pictures."""
-    train_set = data.open_dataset(args.data, "train", image_size, augment=True, draft=True)
-    val_set = data.open_dataset(args.data, "val", image_size)
-    return train_set, next(data.all_images(val_set, 16))[0].to(args.device)
-
-
 def train_stage1(args, config):
     # at full size more than 64 tokens leave too little of 80 GB without --recompute
     training = replace(TRAINING[args.config, 1], recompute=config.tokens > 64)
     training = trainer.override(training, args)
     teacher = vqgan.load_vqgan(args.out / "vqgan.pt", args.device)  # frozen
     config = replace(config, vqgan=teacher.config)
-    train_set, originals = open_images(args, config.image_size)
+    train_set, originals = vqgan.open_images(args, config.image_size)
     run = trainer.Run(args, "tokenizer", f"{config.model}_{config.tokens}", config, training,
                       train_set, vqgan=trainer.fingerprint(teacher))
 
@@ -441,8 +432,7 @@ def train_stage1(args, config):
     optimizer = trainer.adamw(model, training)
     ema = trainer.Ema(model, training.ema)
     run.start(model=model, ema=ema, optimizer=optimizer)
-    batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
-                           training.workers)
+    batches = data.batches(train_set, *run.order, training.workers)
 
     for step in range(run.step, training.steps):
         trainer.set_lr(optimizer, trainer.cosine(step, training))
@@ -460,8 +450,7 @@ def train_stage1(args, config):
         model.quantizer.update_usage(revive_below)
         ema.update(model)
         run.log(step, grad_norm=grad_norm, **model.quantizer.stats())
-        if run.preview_due(step):
-            vqgan.save_preview(ema.model, originals, args.out / f"{run.path.stem}_preview.png")
+        vqgan.preview_if_due(run, step, ema.model, originals)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 
@@ -538,7 +527,7 @@ def train_stage2(args):
     weights = trainer.override(STAGE2[args.config], args)
     if weights.discriminator == "features" and weights.perceptual != "small":
         raise BadInput("--discriminator features: needs --perceptual small. Or give patch")
-    train_set, originals = open_images(args, config.image_size)
+    train_set, originals = vqgan.open_images(args, config.image_size)
     run = trainer.Run(args, "tokenizer", f"{config.model}_{config.tokens}_stage2", config, training,
                       train_set, losses=asdict(weights), source=trainer.fingerprint(model))
     perceptual = vqgan.perceptual_network(weights.perceptual, train_set, args.out, args.convnext,
@@ -569,8 +558,7 @@ def train_stage2(args):
     saved = dict(model=model, ema=ema, optimizer=optimizer, discriminator=adversary,
                  discriminator_optimizer=discriminator_optimizer)
     run.start(**saved)
-    batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
-                           training.workers)
+    batches = data.batches(train_set, *run.order, training.workers)
 
     for step in range(run.step, training.steps):
         adversarial = step >= weights.gan_start and weights.gan_weight > 0
@@ -599,8 +587,7 @@ def train_stage2(args):
             discriminator_optimizer.step()
         ema.update(model)
         run.log(step, grad_norm=grad_norm)
-        if run.preview_due(step):
-            vqgan.save_preview(ema.model, originals, args.out / f"{run.path.stem}_preview.png")
+        vqgan.preview_if_due(run, step, ema.model, originals)
         run.save_if_due(step, **saved)
 
 
@@ -635,14 +622,15 @@ def main():
     if titok:
         experts = [name for name in vars(args) if name.startswith("expert_")]
         trainer.refuse(args, experts, "TiTok has no experts")
-    config = trainer.override(PRESETS["titok_" * titok + args.config], args)
+    config = trainer.override(PRESETS[f"titok_{args.config}" if titok else args.config], args)
     if not args.reconstruct:
         return train_stage1(args, config)
     sizes = {*TokenizerConfig.__dataclass_fields__} - {"model", "tokens"}
     trainer.refuse(args, {*TrainConfig.__dataclass_fields__} | sizes, "not with --reconstruct")
-    path, target = default_tokenizer(args.out, config.tokens, config.model), "reconstruct.png"
-    reconstruct(load_tokenizer(path, args.device), args.reconstruct, args.out / target)
-    print(f"{args.out / target}: original beside reconstruction, by {path}")
+    path = default_tokenizer(args.out, config.tokens, config.model)
+    picture = args.out / "reconstruct.png"
+    reconstruct(load_tokenizer(path, args.device), args.reconstruct, picture)
+    print(f"{picture}: original beside reconstruction, by {path}")
 
 
 if __name__ == "__main__":

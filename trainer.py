@@ -385,9 +385,10 @@ class Run:
                            f"ranks, {self.world}")
         self.accumulate = next(n for n in range(1, share + 1)
                                if share % n == 0 and share // n <= max(1, training.micro_batch))
-        self.share = (self.rank, self.world, self.accumulate)
         self.lock = self.main and lock(args.out / f".{name}.lock")
         self.checkpoint = self._existing_results(MAY_DIFFER | set(may_differ))
+        self.order = (training.batch_size, args.seed, self.step, self.rank, self.world,
+                      self.accumulate)      # for data.row_order
         if args.config == "toy" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)    # docs/results.md: threads that wait slow all others
         facts = [asdict(config), asdict(training), self.settings, self.step]

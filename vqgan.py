@@ -133,7 +133,7 @@ class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest row of a codebook, whose index is the code (1711.00937).
     l2_norm: both are scaled to length 1, which keeps more codes in use (2110.04627). Losses are
     means: summed over c they would outweigh the reconstruction, and the codebook would collapse.
-    Another quantizer needs codes, lookup, forward, update_usage, stats, and here codebook."""
+    Another quantizer needs codes, lookup, forward, update_usage, stats; a VQGAN's also codebook."""
     def __init__(self, codebook_size, code_dim, l2_norm, commitment=0.25, unit_rows=False):
         super().__init__()
         self.l2_norm, self.commitment = l2_norm, commitment
@@ -232,7 +232,7 @@ class VQGAN(nn.Module):
 
 
 def load_vqgan(path, device="cpu"):
-    """A trained one, in eval mode."""
+    """The trained one at path, frozen and in eval mode."""
     make = "python vqgan.py, or take the public weights: python -m extras.pretrained vqgan FILE"
     checkpoint = trainer.load_checkpoint(path, "vqgan", make)
     model = trainer.load_model(VQGAN, VQGANConfig, checkpoint, path)
@@ -281,10 +281,9 @@ def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
         batches = data.batches(dataset, batch_size, seed=4321)
         for _ in range(steps):
             images, labels = (trainer.to_device(x, torch.device(device)) for x in next(batches))
-            optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
-        optimizer.zero_grad()       # or stage 2 would count these gradients when it clips
+            optimizer.zero_grad()   # after the last, too: stage 2 would count them when it clips
     trainer.save({"data": dataset.fingerprint, "model": model.state_dict()}, path)
     return model.eval().requires_grad_(False)
 
@@ -411,20 +410,27 @@ def perceptual_network(kind, dataset, out, weights, device):
 
 # ---- Training
 
-def save_preview(model, originals, path):
+def open_images(args, image_size):
+    """The training set, and 16 images [16, 3, H, W] for the preview pictures."""
+    train_set = data.open_dataset(args.data, "train", image_size, augment=True, draft=True)
+    val_set = data.open_dataset(args.data, "val", image_size)
+    return train_set, next(data.all_images(val_set, 16))[0].to(args.device)
+
+
+def preview_if_due(run, step, model, originals):
     """Originals over reconstructions."""
-    both = torch.cat([originals, model.decode_codes(model.encode(originals))])
-    data.save_picture(data.picture_grid(both, len(originals), scale=2), path)
+    if run.preview_due(step):
+        both = torch.cat([originals, model.decode_codes(model.encode(originals))])
+        path = run.path.with_name(f"{run.path.stem}_preview.png")
+        data.save_picture(data.picture_grid(both, len(originals), scale=2), path)
 
 
 def train(args):
     """All of the VQGAN; the perceptual network is frozen."""
     config = trainer.override(PRESETS[args.config], args)
     training = trainer.override(TRAINING[args.config], args)
-    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
+    train_set, originals = open_images(args, config.image_size)
     run = trainer.Run(args, "vqgan", "vqgan", config, training, train_set)
-    preview_set = data.open_dataset(args.data, "val", config.image_size)
-    originals = next(data.all_images(preview_set, 16))[0].to(run.device)  # [16, 3, H, W]
 
     model = VQGAN(config).to(run.device, memory_format=torch.channels_last)
     perceptual = perceptual_network(config.perceptual, train_set, args.out, args.convnext,
@@ -433,8 +439,7 @@ def train(args):
     optimizer = trainer.adamw(model, training)
     ema = trainer.Ema(model, training.ema)
     run.start(model=model, ema=ema, optimizer=optimizer)  # loads them on --resume
-    batches = data.batches(train_set, training.batch_size, args.seed, run.step, *run.share,
-                           training.workers)
+    batches = data.batches(train_set, *run.order, training.workers)
 
     for step in range(run.step, training.steps):
         trainer.set_lr(optimizer, trainer.cosine(step, training))
@@ -451,12 +456,11 @@ def train(args):
             run.add(loss=loss, **parts)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
-        # none in the last fifth: the averaged weights need time to follow a moved code
+        # no revival in the last fifth: the averaged weights need time to follow a moved code
         model.quantize.update_usage(config.revive_below if step < 0.8 * training.steps else 0.0)
         ema.update(model)
         run.log(step, grad_norm=grad_norm, **model.quantize.stats())
-        if run.preview_due(step):
-            save_preview(ema.model, originals, args.out / "vqgan_preview.png")
+        preview_if_due(run, step, ema.model, originals)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 
