@@ -175,7 +175,6 @@ def main():
     add("--images", type=int, default=3_000, help="test images to score")
     add("--samples", type=int, default=300, help="new images to score")
     args = trainer.parse(parser)
-    torch.set_num_threads(1)            # Bench has threads of its own
     numbers = measure(args, Bench(args, d2it.PRESETS["dvae_toy"].image_size))
     trainer.write_text(args.out / "d2it.json", json.dumps(numbers, indent=1) + "\n")
     print(tables(numbers), f"\n\n{args.out}/d2it.json, d2it_maps.png")

@@ -108,6 +108,8 @@ class Bench:
     """What all scores share: images, labels, classifier, the test images' statistics."""
     def __init__(self, args, image_size):
         self.out, self.seed, self.device, self.codes = args.out, args.seed, args.device, {}
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)        # in_threads has threads of its own
         self.train, self.test = (data.open_dataset(args.data, split, image_size)
                                  for split in ("train", "val"))
         self.indices = subset(self.test, args.images)
@@ -460,8 +462,6 @@ def main():
         files[stage] = args.out / f"{file}.pt"
         if args.what == "report" and not files[stage].exists():
             raise BadInput(f"{files[stage]}: not found. Train it first: python {command}")
-    if args.device.type == "cpu":
-        torch.set_num_threads(1)        # Bench has threads of its own
     vqgan = trainer.load_checkpoint(files["vqgan"], "vqgan", "python vqgan.py")
     bench = Bench(args, vqgan["config"]["image_size"])
     if vqgan["settings"].get("data") not in (None, bench.train.content):    # None: public weights
