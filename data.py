@@ -157,7 +157,7 @@ class Folder(Images):
         top = [path for path in folder.iterdir() if path.name[0] != "."]
         inside = {path.name.lower(): path for path in top if path.is_dir()}
         roots = {part: inside[name] for part, names in SPLITS.items()
-                 for name in names[::-1] if name in inside}
+                 for name in names[::-1] if name in inside}     # of several the first name
         if len(roots) == 1:
             if inside.keys() <= set(sum(SPLITS.values(), ())):
                 raise BadInput(f"{folder}: needs both train/ and val/, or folders of classes")

@@ -7,8 +7,8 @@ network is MaskGIT-VQGAN's, whose public weights the paper builds on; the toy is
 codes by direction and revives dead ones.
 
 Letters: B batch, H W pixels, G side of the code grid, L = G*G codes of an image in raster order,
-K codes in the codebook, c length of a code vector, C channels. Images: float32 [B, 3, H, W] in
-[0, 1].
+K codes in the codebook, c length of a code vector, C channels (tokenizer.py calls this K and c V
+and C). Images: float32 [B, 3, H, W] in [0, 1].
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +201,7 @@ class VectorQuantizer(nn.Module):
 
 class VQGAN(nn.Module):
     """Images <-> codes int64 [B, L] in raster order."""
-    fine_tuned = True       # as a tokenizer after stage 2: its decoder was trained on pixels
+    fine_tuned = True       # as after stage 2, its decoder was trained on pixels
 
     def __init__(self, config):
         super().__init__()
@@ -269,7 +269,7 @@ class SmallPerceptual(nn.Module):
 
 
 def small_perceptual(dataset, path, device="cpu", steps=400, batch_size=64):
-    """A trained one, from path if the data is the same."""
+    """A trained SmallPerceptual, from path if that was trained on this data."""
     saved = torch.load(path, map_location="cpu", weights_only=True) if Path(path).exists() else {}
     with torch.random.fork_rng():       # leaves the run's random state alone
         torch.manual_seed(4321)
@@ -318,6 +318,7 @@ class ConvNeXtSmall(nn.Module):
             layers.append(nn.Sequential(LayerNorm2d(width, eps=1e-6),
                                         nn.Conv2d(width, 2 * width, 2, stride=2)))
         self.features = nn.Sequential(*layers[:-1])
+        # nn.Identity: a Permute or Flatten of torchvision's, so that the numbers are the same
         self.classifier = nn.Sequential(nn.LayerNorm(768, eps=1e-6), nn.Identity(),
                                         nn.Linear(768, 1000))
         mean_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)

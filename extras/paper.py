@@ -120,7 +120,7 @@ class Paper:
         self.r, self.g = ("rFID", "gFID, AR") if self.fid else ("rFD", "gFD, AR")
 
     def file(self, name, seed=0):
-        name = f"{name}.pt".replace("vqgan_stage2", "vqgan")        # it has no stage 2
+        name = f"{name}.pt".replace("vqgan_stage2", "vqgan")        # a VQGAN has no stage 2
         path = self.args.out / f"seed{seed}" / name
         if not path.exists():
             raise BadInput(f"{path}: not found. Run make {self.args.what} "
