@@ -359,34 +359,24 @@ def test_tokenizer_overfits_16_images():
 
 # ---- Growth (hnt.py)
 
-def grown_model(old, tokens):
-    new = tokenizer.NativeTok(replace(old.config, tokens=tokens))
-    new.load_state_dict(hnt.grow(old.state_dict(), old.config.tokens, tokens))
-    return new.eval()
-
-
 @pytest.mark.parametrize("tokens", [5, 8, 11])
-def test_grow_keeps_the_old_tokens_to_the_bit(tokens):
+def test_growth_and_frozen_training_keep_the_old_tokens_to_the_bit(tokens):
     old, images = tiny(), pictures(8)
-    new = grown_model(old, tokens)
-    assert torch.equal(new.latents(images)[:, :4], old.latents(images))
-    assert torch.equal(new.encode(images)[:, :4], old.encode(images))
-    positions = new.decoder.latent_positions[0]
+    model = tiny(seed=1, tokens=tokens)
+    model.load_state_dict(hnt.grow(old.state_dict(), 4, tokens))
+    assert torch.equal(model.latents(images)[:, :4], old.latents(images))
+    assert torch.equal(model.encode(images)[:, :4], old.encode(images))
+    positions = model.decoder.latent_positions[0]
     for j in range(4, tokens):
         copied = old.mocet.experts[j % 4].parameters()
-        for a, b in zip(new.mocet.experts[j].parameters(), copied):
+        for a, b in zip(model.mocet.experts[j].parameters(), copied):
             assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
         assert torch.equal(positions[j], old.decoder.latent_positions[0, j % 4])
     with pytest.raises(BadInput, match="HNT grows"):
         hnt.grow(old.state_dict(), 4, 4)
-
-
-def test_old_codes_survive_frozen_training_and_frozen_tensors_too():
-    old, images = tiny(), pictures(8)
-    model = grown_model(old, 8).train()
-    hnt.freeze_reused(model, 4)
+    hnt.freeze_reused(model.train(), 4)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    experts = tuple(f"mocet.experts.{i}." for i in range(4, 8))
+    experts = tuple(f"mocet.experts.{i}." for i in range(4, tokens))
     assert trains == {n for n in model.state_dict() if n.startswith(("decoder.", *experts))}
     assert model.latents(images).requires_grad and not model.mit(images).requires_grad
     optimizer = trainer.adamw(model, trainer.TrainConfig(learning_rate=1e-2))
@@ -673,31 +663,32 @@ def test_the_toy_weights_of_make_sample(tmp_path):
 STAGES = {      # what each stage's checkpoint is called, and its command without the steps
     "vqgan": "vqgan.py",
     "nativetok_3": "tokenizer.py --tokens 3",
-    "nativetok_4": "hnt.py --tokens 4",
     "nativetok_4_stage2": "tokenizer.py --tokens 4 --stage 2 --discriminator_first 3",
     "ar_nativetok_4": "generator.py --tokens 4 --mode ar",
-    "maskgit_nativetok_4": "generator.py --tokens 4 --mode maskgit",
 }
 
 
-def folder_without(toy, target, name):
-    """A copy of the toy folder without what stage `name` makes, and what is made of that."""
-    later = ["*_stage2*"] if name in ("nativetok_4", "nativetok_4_stage2") else []
-    return shutil.copytree(toy, target, ignore=shutil.ignore_patterns(f"{name}.*", *later))
+def copy_without(folder, target, *names):
+    """A copy of the folder without what begins with the names."""
+    ignored = shutil.ignore_patterns(*(f"{name}*" for name in names))
+    return shutil.copytree(folder, target, ignore=ignored)
 
 
 @pytest.mark.parametrize("name", ["vqgan", "ar_nativetok_4"])
-def test_ctrl_c_saves_first(toy, tmp_path, name):
-    """After Ctrl-C a run saves the step it has come to, says so, and continues from there."""
-    out = folder_without(toy, tmp_path / "out", name)
+def test_ctrl_c_saves_first_and_two_runs_in_one_folder(toy, tmp_path, name):
+    """After Ctrl-C a run saves the step it has come to, says so, and continues from there; its lock
+    goes with its process."""
+    out = copy_without(toy, tmp_path / "out", name)
     command, checkpoint = f"python {STAGES[name]} {SMALL} --out {out}", out / f"{name}.pt"
-    with running(f"{command} --steps 200 --save_every 2", stderr=tmp_path / "err") as process:
+    long = f"{command} --steps 9000 --save_every 2 --resume"
+    with running(long, stderr=tmp_path / "err") as process:
         while process.is_alive() and not checkpoint.exists():
             time.sleep(0.02)
+        refused(long, "another run writes there")
         os.kill(process.pid, signal.SIGINT)
         process.join(60)
     step, said = load(checkpoint)["step"], (tmp_path / "err").read_text()
-    assert process.exitcode == 130 and f"holds step {step} of 200" in said, said
+    assert process.exitcode == 130 and f"holds step {step} of 9000" in said, said
     said = run(f"{command} --steps {step + 1} --resume")
     assert load(checkpoint)["step"] == step + 1
     assert f"resumed at step {step} of {step + 1}" in said.splitlines()[0], said
@@ -709,14 +700,14 @@ TINY_CODES = ("--patch_size 4 --width 16 --heads 2 --expert_width 8 --expert_hea
               "--encoder_layers 1 --decoder_layers 1")
 TINY_GENERATOR = "--tokens 4 --width 16 --heads 2 --layers 2"
 KILLED = {      # command, and what it makes
-    "vqgan": ("vqgan.py --image_size 16 --channels 8", ["vqgan*"]),
-    "stage1": (f"tokenizer.py --tokens 2 {TINY_CODES}", ["nativetok_2*"]),
-    "hnt": ("hnt.py --tokens 4", ["nativetok_4*"]),         # its 90 % boundary: after step 9
-    "stage2": ("tokenizer.py --tokens 4 --stage 2 --discriminator_first 3", ["*_stage2*"]),
-    "ar": (f"generator.py --mode ar {TINY_GENERATOR}", ["ar_*"]),
-    "maskgit": (f"generator.py --mode maskgit {TINY_GENERATOR}", ["maskgit_*"]),
-    "codes": (f"generator.py --mode ar {TINY_GENERATOR}", ["ar_*", "codes_*"]),
-    "report": ("-m extras.report --tokens 4 --images 50 --samples 20", []),
+    "vqgan": ("vqgan.py --image_size 16 --channels 8", "vqgan"),
+    "stage1": (f"tokenizer.py --tokens 2 {TINY_CODES}", "nativetok_2"),
+    "hnt": ("hnt.py --tokens 4", "nativetok_4"),            # its 90 % boundary: after step 9
+    "stage2": ("tokenizer.py --tokens 4 --stage 2 --discriminator_first 3", "*_stage2"),
+    "ar": (f"generator.py --mode ar {TINY_GENERATOR}", "ar_"),
+    "maskgit": (f"generator.py --mode maskgit {TINY_GENERATOR}", "maskgit_"),
+    "codes": (f"generator.py --mode ar {TINY_GENERATOR}", "ar_", "codes_"),
+    "report": ("-m extras.report --tokens 4 --images 50 --samples 20",),
 }
 
 
@@ -741,24 +732,16 @@ def small_stages(tmp_path_factory):
     return folder
 
 
-def copy_for(stage, folder, target):
-    """A copy of the folder without what the stage makes."""
-    return shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*KILLED[stage][1]))
-
-
 def content(path):
     """What must be equal in two runs: all but times."""
-    def without_times(value):
-        if not isinstance(value, dict):
-            return value
-        return {k: without_times(v) for k, v in value.items()
-                if k not in ("seconds", "images_per_s", "hnt")}
+    def without_times(values):
+        return {key: values[key] for key in values.keys() - {"seconds", "images_per_s", "hnt"}}
 
     if path.suffix == ".pt":
         return load(path)
     if path.suffix in (".json", ".jsonl"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        return [without_times(json.loads(line)) for line in lines]
+        return [json.loads(line, object_hook=without_times) for line in lines]
     if path.suffix == ".html":
         return [line for line in path.read_text().splitlines() if "Seconds: " not in line
                 and "frozen step" not in line]
@@ -781,35 +764,22 @@ def being_written(folder):
     return found
 
 
-@pytest.fixture(scope="session")
-def alone(small_stages, tmp_path_factory):
-    """alone(stage) -> the folders of two runs that were not disturbed, the second one's seconds.
-    The first has an interpreter, and so a hash seed, of its own."""
-    @functools.cache
-    def alone(stage):
-        folders = [copy_for(stage, small_stages, tmp_path_factory.mktemp(stage) / name)
-                   for name in ("first", "second")]
-        run(killable(stage), cwd=folders[0], fresh=True)
-        started = time.monotonic()
-        run(killable(stage), cwd=folders[1])
-        return *folders, time.monotonic() - started
-    return alone
-
-
 @pytest.mark.parametrize("stage", KILLED)
-def test_same_seed_same_files(alone, stage):
-    assert_same_files(*alone(stage)[:2])
-
-
-@pytest.mark.parametrize("stage", KILLED)
-def test_killed_runs(alone, small_stages, tmp_path, stage):
-    """SIGKILL at random moments, half of them as soon as something is saved, and started again: at
-    the end every file is that of a run that was not disturbed, and there are no others."""
-    whole, _, duration = alone(stage)
+def test_same_seed_same_files_and_killed_runs(small_stages, tmp_path, stage):
+    """Of two runs, one in an interpreter and so with a hash seed of its own; then SIGKILL at random
+    moments, half of them as soon as something is saved, and started again: at the end every file is
+    that of a run that was not disturbed, and there are no others."""
+    made = KILLED[stage][1:]
+    whole, again = (copy_without(small_stages, tmp_path / name, *made) for name in ("one", "two"))
+    run(killable(stage), cwd=whole, fresh=True)
+    started = time.monotonic()
+    run(killable(stage), cwd=again)
+    duration = time.monotonic() - started
+    assert_same_files(whole, again)
     said, chance = tmp_path / "said", np.random.default_rng([*stage.encode()])
     kills, in_a_save, finished, folder = 0, 0, 0, None
     while kills < KILLS or folder:
-        folder = folder or copy_for(stage, small_stages, tmp_path / str(finished))
+        folder = folder or copy_without(small_stages, tmp_path / str(finished), *made)
         left = being_written(folder)            # by earlier kills
         with running(killable(stage), folder, said, said) as process:
             process.join(chance.uniform(0, duration) if kills < KILLS else 300)
@@ -838,43 +808,24 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
     assert (tmp_path / "x.pt").read_bytes() == b"whole"
 
 
-def test_results_are_not_overwritten_unless_asked_for(toy, tmp_path):
-    before = (toy / "vqgan.pt").read_bytes()
-    command = f"python vqgan.py {SMALL} --out {toy}"
+def test_results_are_not_overwritten_unless_asked_for_nor_by_numbers_not_finite(toy, tmp_path):
+    out = shutil.copytree(toy, tmp_path / "out")
+    command, checkpoint = f"python vqgan.py {SMALL} --save_every 2 --out {out}", out / "vqgan.pt"
+    before = checkpoint.read_bytes()
     for flags in ("", "--resume"):
         assert "complete (4 steps); --overwrite" in run(f"{command} --steps 4 {flags}")
     refused(f"{command} --steps 6", "step 4 of 6", "--resume", "--overwrite")
     refused(f"{command} --steps 6 --resume --seed 5", "seed=0, not 5", "--overwrite")
     refused(f"{command} --steps 6 --resume --clip 2", "clip=1.0, not 2.0")
-    assert (toy / "vqgan.pt").read_bytes() == before
-    out = folder_without(toy, tmp_path / "out", "none")
-    run(f"python vqgan.py {SMALL} --out {out} --steps 5 --resume --learning_rate 1e-4")
-    assert load(out / "vqgan.pt")["step"] == 5
-    assert [line["step"] for line in trainer.read_log(out / "vqgan.jsonl")] == [2, 4, 5]
-    run(f"python vqgan.py {SMALL} --out {out} --steps 2 --seed 5 --overwrite")
-    assert load(out / "vqgan.pt")["step"] == 2
-    assert [line["step"] for line in trainer.read_log(out / "vqgan.jsonl")] == [2]
-    refused(f"python tokenizer.py --tokens 2 {SMALL} --out {out} --steps 6 --resume", "vqgan=")
-
-
-def test_two_runs_in_one_folder(toy, tmp_path):
-    out = folder_without(toy, tmp_path / "out", "vqgan")
-    command = f"python vqgan.py {SMALL} --out {out} --save_every 1 --steps 500"
-    with running(command) as process:
-        while process.is_alive() and not (out / "vqgan.pt").exists():
-            time.sleep(0.02)
-        refused(f"{command} --resume", "another run writes there")
-    run(f"{command.replace('500', '2')} --overwrite")       # the lock went with its process
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_saves(toy, tmp_path):
-    out = folder_without(toy, tmp_path / "out", "vqgan")
-    command = f"python vqgan.py {SMALL} --out {out} --save_every 2"
-    run(f"{command} --steps 2")
-    before = (out / "vqgan.pt").read_bytes()
-    refused(f"{command} --steps 9 --resume --learning_rate 1e30", "not finite at step 4",
+    refused(f"{command} --steps 9 --resume --learning_rate 1e30", "not finite at step 6",
             "vqgan.pt is not replaced", "--learning_rate")
-    assert (out / "vqgan.pt").read_bytes() == before
+    assert checkpoint.read_bytes() == before
+    for flags, steps in (("--steps 5 --resume --learning_rate 1e-4", [2, 4, 5]),
+                         ("--steps 2 --seed 5 --overwrite", [2])):
+        run(f"{command} {flags}")
+        assert load(checkpoint)["step"] == steps[-1]
+        assert [line["step"] for line in trainer.read_log(out / "vqgan.jsonl")] == steps
+    refused(f"python tokenizer.py --tokens 2 {SMALL} --out {out} --steps 6 --resume", "vqgan=")
 
 
 TWO = "torchrun --standalone --nproc_per_node=2 {0}"
@@ -888,7 +839,7 @@ def undivided(toy, tmp_path_factory):
     """undivided(name, flags) -> the folder in which one process took 4 steps, whole batches."""
     @functools.cache
     def undivided(name, flags):
-        out = folder_without(toy, tmp_path_factory.mktemp(name) / "out", name)
+        out = copy_without(toy, tmp_path_factory.mktemp(name) / "out", name)
         said = run(f"python {STAGES[name]} {SMALL} {flags} --out {out}")
         assert "batch 8 = 1 rank x 8 x 1" in said
         return out
@@ -905,7 +856,7 @@ def test_micro_batches_ranks_and_nodes_take_the_steps_of_one_process(
         toy, undivided, tmp_path, name, launcher, flags, split):
     """Dropout and random masks are off: they differ by design."""
     flags += " --steps 4 --learning_rate 1e-4 --warmup 1"
-    outs = [undivided(name, flags), folder_without(toy, tmp_path / "out", name)]
+    outs = [undivided(name, flags), copy_without(toy, tmp_path / "out", name)]
     said = run(launcher.format(f"{STAGES[name]} {SMALL} {flags} --out {outs[1]}"))
     assert f"batch 8 = {split}" in said
     one, other = (load(out / f"{name}.pt") for out in outs)
@@ -1032,7 +983,7 @@ def test_stages_out_of_order(toy, tmp_path):
 
 
 def test_wrong_checkpoints(toy, tmp_path):
-    out = folder_without(toy, tmp_path / "out", "none")
+    out = shutil.copytree(toy, tmp_path / "out")
     command = f"{SMALL} --out {out}"
     (out / "cut.pt").write_bytes((out / "vqgan.pt").read_bytes()[:-5000])
     (out / "text.pt").write_text("not a checkpoint")
@@ -2287,7 +2238,7 @@ def test_grain_model_learns_the_exact_conditional_and_draws_joint_maps():
 @pytest.mark.parametrize("stage", ["dvae", "grain", "content", "content --baseline"])
 def test_d2it_resumes_bit_for_bit(toy, tmp_path, stage):
     name = "dit_2" if "baseline" in stage else f"d2it_{stage}"
-    outs = [folder_without(toy, tmp_path / part, name) for part in ("whole", "parts")]
+    outs = [copy_without(toy, tmp_path / part, name) for part in ("whole", "parts")]
     command = f"python d2it.py --stage {stage} {SMALL} --warmup 1 --resume"
     for out, steps in ((outs[0], 3), (outs[1], 2), (outs[1], 3)):       # at one learning rate
         run(f"{command} --learning_rate 1e-3 --end_learning_rate 1e-3 --steps {steps} --out {out}")
@@ -2308,7 +2259,7 @@ trainer.launch(d2it.main)
 @pytest.mark.parametrize("stage", ["dvae", "grain", "content"])
 def test_d2it_on_two_ranks_is_d2it_on_one(toy, tmp_path, stage):
     (tmp_path / "same.py").write_text(SAME_DRAWS)
-    outs = [folder_without(toy, tmp_path / part, f"d2it_{stage}") for part in ("one", "two")]
+    outs = [copy_without(toy, tmp_path / part, f"d2it_{stage}") for part in ("one", "two")]
     for launcher, out in zip(("python {}", TWO), outs):
         said = run(launcher.format(f"{tmp_path}/same.py --stage {stage} {SMALL} --steps 2 "
                                    f"--warmup 1 --learning_rate 1e-4 --out {out}"), fresh=True)
@@ -2328,7 +2279,7 @@ def test_d2it_samples_and_says_what_is_missing(toy, tmp_path):
     assert Image.open(tmp_path / "ring.png").size == (8 * 66 - 2, 64)       # image beside map
     refused(f"{command} --classes strr", "strr", "star")
     refused(f"{command} --width 5", "--width: not with --sample")
-    out = folder_without(toy, tmp_path / "out", "d2it_dvae")
+    out = copy_without(toy, tmp_path / "out", "d2it_dvae")
     grain = f"python d2it.py --stage grain {SMALL} --overwrite --out {out}"
     refused(grain, "d2it_dvae.pt: not found", "python d2it.py --stage dvae")
     saved = load(toy / "d2it_dvae.pt")
