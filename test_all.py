@@ -1066,7 +1066,6 @@ def test_augmentation_and_fixed_views(folder):
 def test_shapes():
     train, val = (data.open_dataset("shapes", split, 32) for split in ("train", "val"))
     assert (len(train), len(val), len(train.classes)) == (10_000, 2_000, 10)
-    assert "drawn" in train.note
     assert not np.array_equal(train.get(7), val.get(7)) and train.fingerprint != val.fingerprint
     assert np.bincount(val.labels).tolist() == [200] * 10
     large = data.open_dataset("shapes", "train", 128)
