@@ -655,11 +655,10 @@ def test_ctrl_c_saves_first_and_two_runs_in_one_folder(toy, tmp_path, name, word
     goes with its process."""
     out = copy_without(toy, tmp_path / "out", name)
     command, checkpoint = f"python {words} {SMALL} --out {out}", out / f"{name}.pt"
-    long = f"{command} --steps 9000 --save_every 2 --resume"
-    with running(long, stderr=tmp_path / "err") as process:
+    with running(f"{command} --steps 9000 --save_every 2", stderr=tmp_path / "err") as process:
         while process.is_alive() and not checkpoint.exists():
             time.sleep(0.02)
-        refused(long, "another run writes there")
+        refused(f"{command} --steps 1 --resume", "another run writes there")
         os.kill(process.pid, signal.SIGINT)
         process.join(60)
     step, said = load(checkpoint)["step"], (tmp_path / "err").read_text()
