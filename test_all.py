@@ -66,14 +66,13 @@ def warm():
     names: 0.2 s for a start instead of 1.6 s. It ends with this process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SLOW)
-    with mock.patch.dict(os.environ, {**ENVIRONMENT,
-                                      "PYTHONWARNINGS": "ignore:resource_tracker"}):
+    with mock.patch.dict(os.environ, {**ENVIRONMENT, "PYTHONWARNINGS": "ignore:resource_tracker"}):
         multiprocessing.forkserver.ensure_running()
     return context
 
 
 def become(words, cwd, environment, stdout, stderr):
-    """Runs in the fork: what `python words > stdout 2> stderr` does."""
+    """Runs in the fork: what `python words > stdout 2> stderr` does, or `python -m words`."""
     import os, runpy, signal, sys
     os.chdir(cwd)
     os.environ.clear()
@@ -81,21 +80,18 @@ def become(words, cwd, environment, stdout, stderr):
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if words[0] == "-m":
-        sys.argv, sys.path[:0] = words[1:], [cwd, environment["PYTHONPATH"]]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv, sys.path[:0] = words, [os.path.dirname(os.path.abspath(words[0]))]
-        runpy.run_path(words[0], run_name="__main__")
+    folder, name = os.path.split(words[0].removesuffix(".py"))
+    sys.argv, sys.path[:0] = words, [folder or cwd, environment["PYTHONPATH"]]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 @contextlib.contextmanager
 def running(command, cwd=ROOT, stdout=os.devnull, stderr=os.devnull):
     """`python ...` as a process of its own (pid, exitcode, join()) that ends with the block."""
-    words = (shlex.split(command)[1:], str(cwd), {**os.environ, **ENVIRONMENT}, str(stdout),
-             str(stderr))
+    words = [word for word in shlex.split(command)[1:] if word != "-m"]
+    given = words, str(cwd), {**os.environ, **ENVIRONMENT}, str(stdout), str(stderr)
     # as source: a fork that imported this file for the function would have our modules, not its own
-    source = f"{inspect.getsource(become)}\nbecome{words!r}"
+    source = f"{inspect.getsource(become)}\nbecome{given!r}"
     process = warm().Process(target=exec, args=(source, {}))
     process.start()
     try:
@@ -105,11 +101,11 @@ def running(command, cwd=ROOT, stdout=os.devnull, stderr=os.devnull):
         process.join()
 
 
-def run(command, code=0, cwd=ROOT, fresh=False, **environment):
+def run(command, code=0, cwd=ROOT, fresh=False):
     """The output of a command line, which must exit with code. fresh: in a new interpreter, even
     where a fork of the warm one would do."""
     simple = re.fullmatch(r"python (-m \S+|\S+\.py)( [^;|&<>$*`]*)?", command)
-    if simple and not (fresh or environment):
+    if simple and not fresh:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / name for name in ("stdout", "stderr")]
             with running(command, cwd, *files) as process:
@@ -119,7 +115,7 @@ def run(command, code=0, cwd=ROOT, fresh=False, **environment):
         command = re.sub(r"^python ", f"{sys.executable} ", command)
         command = command.replace("torchrun ", f"{sys.executable} -m torch.distributed.run ")
         done = subprocess.run(command, shell=True, cwd=cwd, capture_output=True, text=True,
-                              timeout=300, env={**os.environ, **ENVIRONMENT, **environment})
+                              timeout=300, env={**os.environ, **ENVIRONMENT})
         output, returncode = done.stdout + done.stderr, done.returncode
     assert returncode == code, f"{command}\nexit code {returncode}, not {code}\n{output[-3000:]}"
     return output
@@ -133,6 +129,16 @@ def refused(command, *words, **kwargs):
     for word in words:
         assert word in line, f"{word!r} not in: {line}"
     return line
+
+
+@pytest.fixture
+def said_by(monkeypatch, capsys):
+    """said_by(module, words): what its main prints, run here, with these words after its name."""
+    def said_by(module, words):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *words.split()])
+        module.main()
+        return capsys.readouterr().out
+    return said_by
 
 
 SMALL = "--config toy --data shapes --log_every 2 --preview_every 100 --batch_size 8"
@@ -166,16 +172,22 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def rule_weights(keys, gain=1.0):
+def golden(name):
+    return np.load(GOLDEN / f"{name}_golden.npz")
+
+
+def key_shapes(name):
+    return json.loads((GOLDEN / f"{name}_keys.json").read_text())
+
+
+def rule_weights(name, gain=1.0):
     """Seeded weights by the rule that the golden numbers were made with: each entry from the CRC of
     its own name. gain: 2 for Inception, which is all ReLU."""
     weights = {}
-    for key, shape in keys.items():
+    for key, shape in key_shapes(name).items():
         rng = np.random.default_rng(zlib.crc32(key.encode()))
         n = rng.standard_normal(shape, dtype=np.float32)
-        if key.endswith("num_batches_tracked"):
-            value = np.int64(0)
-        elif key.endswith("layer_scale"):
+        if key.endswith("layer_scale"):
             value = np.float32(0.1) * n
         elif len(shape) >= 2:
             value = n * np.float32(math.sqrt(gain / math.prod(shape[1:])))
@@ -189,17 +201,11 @@ def rule_weights(keys, gain=1.0):
     return weights
 
 
-def golden(name):
-    """A golden file: key shapes of a .json, arrays of an .npz."""
-    path = GOLDEN / name
-    return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
-
-
 def seeded(seed=7):
     return torch.Generator().manual_seed(seed)
 
 
-# ---- The model (tokenizer.py)
+# ---- The model and its growth (tokenizer.py, hnt.py)
 
 CPU = torch.device("cpu")
 TINY_VQGAN = VQGANConfig(image_size=16, channels=8, channel_mult=(1, 1, 2), res_blocks=1,
@@ -256,7 +262,6 @@ def test_compiled_blocks_share_a_graph_and_equal_the_plain_ones(monkeypatch):
         model = tiny(tokens=12)
         model.latents(pictures()).square().mean().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
     from torch._dynamo.utils import counters
     plain, frames = gradients(), counters["frames"]
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -295,7 +300,6 @@ def test_causal_mask_really_masks(model, reaches):
 def test_parameter_counts_of_the_paper(monkeypatch, capsys):
     def millions(name):
         return bench.count(build(tokenizer.PRESETS[name])) / 1e6
-
     with torch.device("meta"):
         for name, expected in (("nativetok_32", 616.2), ("nativetok_128", 768.0),
                                ("titok_l_32", 641.0)):
@@ -309,7 +313,12 @@ def test_parameter_counts_of_the_paper(monkeypatch, capsys):
     assert "56.2% of all but the VQGAN" in output and "teacher 64.32" in output     # GMACs
 
 
-def test_stage2_leaves_codes_alone_and_trains_only_the_decoders(toy):
+def test_hnt_and_stage2_runs_leave_codes_alone(toy):
+    """In the toy folder hnt.py grew 2 -> 4 tokens with strategy reuse, so frozen to the end. Stage
+    2 trains only the decoders."""
+    old, new = (tokenizer.load_tokenizer(toy / f"nativetok_{n}.pt") for n in ("2", "4_reuse"))
+    images, _ = next(data.all_images(data.open_dataset("shapes", "val", 32), 16))
+    assert torch.equal(new.encode(images)[:, :2], old.encode(images))
     one = load(toy / "nativetok_4.pt")["ema"]["model"]
     two = load(toy / "nativetok_4_stage2.pt")["model"]
     for key in one:
@@ -320,14 +329,9 @@ def test_stage2_leaves_codes_alone_and_trains_only_the_decoders(toy):
 
 
 def test_stage2_scores_pixels_in_float32_and_warms_its_discriminator_up(toy, tmp_path):
-    model, seen = tiny(), []
-
-    def perceptual_loss(a, b):
-        seen.extend([a, a @ b.mT])
-        return a.mean()
-
-    loss_fn = tokenizer.Stage2Loss(model, SimpleNamespace(perceptual_loss=perceptual_loss),
-                                   tokenizer.Stage2Config(gan_weight=0.01))
+    seen = []
+    network = SimpleNamespace(perceptual_loss=lambda a, b: seen.extend([a, a @ b.mT]) or a.mean())
+    loss_fn = tokenizer.Stage2Loss(tiny(), network, tokenizer.Stage2Config(gan_weight=0.01))
     with torch.autocast("cpu", torch.bfloat16):
         loss_fn(pictures(), lambda images: seen.append(images @ images.mT) or seen[-1])
     assert [x.dtype for x in seen] == 3 * [torch.float32]
@@ -357,36 +361,23 @@ def test_tokenizer_overfits_16_images():
     assert (logits.argmax(-1) == targets).float().mean() > 0.9
 
 
-# ---- Growth (hnt.py)
-
-def grown_model(old, tokens):
-    new = tokenizer.NativeTok(replace(old.config, tokens=tokens))
-    new.load_state_dict(hnt.grow(old.state_dict(), old.config.tokens, tokens))
-    return new.eval()
-
-
 @pytest.mark.parametrize("tokens", [5, 8, 11])
-def test_grow_keeps_the_old_tokens_to_the_bit(tokens):
+def test_growth_and_frozen_training_keep_the_old_tokens_to_the_bit(tokens):
     old, images = tiny(), pictures(8)
-    new = grown_model(old, tokens)
-    assert torch.equal(new.latents(images)[:, :4], old.latents(images))
-    assert torch.equal(new.encode(images)[:, :4], old.encode(images))
-    positions = new.decoder.latent_positions[0]
+    model = tiny(seed=1, tokens=tokens)
+    model.load_state_dict(hnt.grow(old.state_dict(), 4, tokens))
+    assert torch.equal(model.latents(images)[:, :4], old.latents(images))
+    positions = model.decoder.latent_positions[0]
     for j in range(4, tokens):
         copied = old.mocet.experts[j % 4].parameters()
-        for a, b in zip(new.mocet.experts[j].parameters(), copied):
+        for a, b in zip(model.mocet.experts[j].parameters(), copied):
             assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
         assert torch.equal(positions[j], old.decoder.latent_positions[0, j % 4])
     with pytest.raises(BadInput, match="HNT grows"):
         hnt.grow(old.state_dict(), 4, 4)
-
-
-def test_old_codes_survive_frozen_training_and_frozen_tensors_too():
-    old, images = tiny(), pictures(8)
-    model = grown_model(old, 8).train()
-    hnt.freeze_reused(model, 4)
+    hnt.freeze_reused(model.train(), 4)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    experts = tuple(f"mocet.experts.{i}." for i in range(4, 8))
+    experts = tuple(f"mocet.experts.{i}." for i in range(4, tokens))
     assert trains == {n for n in model.state_dict() if n.startswith(("decoder.", *experts))}
     assert model.latents(images).requires_grad and not model.mit(images).requires_grad
     optimizer = trainer.adamw(model, trainer.TrainConfig(learning_rate=1e-2))
@@ -409,15 +400,7 @@ def test_old_codes_survive_frozen_training_and_frozen_tensors_too():
     assert frozen == {n for n in before if n.startswith("pixel_")}
 
 
-def test_hnt_run_keeps_the_codes_while_frozen(toy):
-    """In the toy folder hnt.py grew 2 -> 4 tokens with strategy reuse, so frozen to the end."""
-    old, new = (tokenizer.load_tokenizer(toy / f"nativetok_{n}.pt") for n in ("2", "4_reuse"))
-    images, _ = next(data.all_images(data.open_dataset("shapes", "val", 32), 16))
-    assert torch.equal(new.encode(images)[:, :2], old.encode(images))
-
-
 # ---- Stage 0 (vqgan.py)
-
 
 @pytest.mark.parametrize("l2_norm", [True, False])
 def test_quantizer_gradient_and_losses(l2_norm):
@@ -518,21 +501,26 @@ def close(a, b, atol):
 
 
 def golden_tensors(name):
-    return {key: torch.from_numpy(value) for key, value in golden(f"{name}_golden.npz").items()}
+    return {key: torch.from_numpy(value) for key, value in golden(name).items()}
 
 
-def test_maskgit_vqgan_golden():
-    model = pretrained.load_maskgit_vqgan(rule_weights(golden("maskgit_vqgan_keys.json")))
+def test_maskgit_vqgan_and_convnext_golden():
+    model = pretrained.load_maskgit_vqgan(rule_weights("maskgit_vqgan"))
     want = golden_tensors("maskgit_vqgan")
     images, codes = want["image"][None], want["codes"][None]
     close(model.encoder(images)[0], want["z"], 2e-5)
     assert torch.equal(model.encode(images), codes.flatten(1))
     close(model.decoder(model.quantize.lookup(codes).movedim(-1, 1))[0], want["decoded"], 2e-4)
+    model = vqgan.ConvNeXtSmall(rule_weights("convnext_s"))
+    want = golden_tensors("convnext_s")
+    images = want["images"]
+    close(model(images), want["logits"], 1e-4)
+    close(model.perceptual_loss(images[:1], images[1:2]), want["perceptual_01"], 1e-4)
 
 
-def test_titok_golden():
-    weights = rule_weights(golden("titok_s_keys.json"))
-    model, want = pretrained.load_titok(weights, image_size=64), golden_tensors("titok_s")
+def test_titok_golden_and_its_command(tmp_path, monkeypatch, said_by):
+    model = pretrained.load_titok(rule_weights("titok_s"), image_size=64)
+    want = golden_tensors("titok_s")
     images, codes = want["image"][None], want["codes"][None]
     close(model.latents(images)[0].T, want["z"][:, 0], 2e-5)
     assert torch.equal(model.encode(images), codes)
@@ -541,20 +529,18 @@ def test_titok_golden():
     logits = model.decoder(z_q)                                             # [1, 16, 1024]
     close(logits[0].T.unflatten(1, (4, 4)), want["logits"], 2e-5)
     close(model.decode_logits(logits)[0], want["decoded"], 1e-4)
-
-
-def test_convnext_golden():
-    model = vqgan.ConvNeXtSmall(rule_weights(golden("convnext_s_keys.json")))
-    want = golden_tensors("convnext_s")
-    images = want["images"]
-    close(model(images), want["logits"], 1e-4)
-    close(model.perceptual_loss(images[:1], images[1:2]), want["perceptual_01"], 1e-4)
+    Image.effect_noise((120, 90), 50).convert("RGB").save(tmp_path / "photo.png")
+    monkeypatch.setattr(pretrained, "load_titok", lambda path: model)
+    said = said_by(pretrained, f"titok titok.bin {tmp_path}/photo.png --out {tmp_path}")
+    images = torch.from_numpy(data.read_image(tmp_path / "photo.png", 64)[None]) / 255
+    assert f"photo.png: {' '.join(map(str, model.encode(images)[0].tolist()))}\n" in said
+    assert Image.open(tmp_path / "reconstruct.png").size == (2 * 130 - 2, 128)
 
 
 @pytest.mark.parametrize("name, suffix", [("llamagen_tiny", "_1d"), ("llamagen_tiny", "_2d"),
                                           ("uvit_tiny", "")])
 def test_generators_golden(name, suffix):
-    weights, want = rule_weights(golden(f"{name}_keys.json")), golden_tensors(name)
+    weights, want = rule_weights(name), golden_tensors(name)
     if name == "uvit_tiny":
         model, atol = pretrained.load_titok_maskgit(weights, heads=4), 2e-5
     else:
@@ -572,8 +558,8 @@ def test_generators_golden(name, suffix):
 def test_maskgit_samples_as_titok_samples(i):
     """Codes by position and the share of equal neighbours, beside 20,000 samples of the official
     class. With fewer samples only the second is sharp; without annealing it is off by 0.03."""
-    model = pretrained.load_titok_maskgit(rule_weights(golden("uvit_tiny_keys.json")), heads=4)
-    want, n = golden("maskgit_samples_golden.npz"), int(os.environ.get("SAMPLES", 1000))
+    model = pretrained.load_titok_maskgit(rule_weights("uvit_tiny"), heads=4)
+    want, n = golden("maskgit_samples"), int(os.environ.get("SAMPLES", 1000))
     case = json.loads(str(want["cases"]))[i]
     scale, guidance = case["guidance_scale"], case["guidance_decay"]
     codes = torch.cat([model.generate(
@@ -594,7 +580,7 @@ def test_maskgit_samples_as_titok_samples(i):
         "tokens": 256, "layers": 12, "num_classes": 1000, "codebook_size": 16384}),
     ("uvit_l", pretrained.load_titok_maskgit, {"tokens": 128, "layers": 20, "heads": 16})])
 def test_every_key_of_the_published_file_is_taken(name, load, sizes):
-    keys = golden(f"{name}_keys.json")
+    keys = key_shapes(name)
     with torch.device("meta"):
         model = load({key: torch.empty(shape) for key, shape in keys.items()})
     # TiTok: two tables of [32, 1024] are added up into one
@@ -616,29 +602,15 @@ def test_weights_are_read_from_every_kind_of_file(tmp_path):
         trainer.read_weights({**state, "a.bias": torch.tensor([0.0, math.nan])})
 
 
-def test_the_public_vqgan_becomes_a_checkpoint_of_stage_0(tmp_path, monkeypatch):
+def test_the_public_vqgan_becomes_a_checkpoint_of_stage_0(tmp_path, monkeypatch, said_by):
     monkeypatch.setitem(vqgan.PRESETS, "full", vqgan.PRESETS["toy"])        # it is 218 MB otherwise
     monkeypatch.chdir(tmp_path)
     state = vqgan.VQGAN(vqgan.PRESETS["toy"]).state_dict()
     torch.save({key: state[key] for key in state.keys() - {"quantize.usage"}}, "public.bin")
-    monkeypatch.setattr(sys, "argv", ["pretrained", "vqgan", "public.bin", "--config", "small"])
-    pretrained.main()
+    said_by(pretrained, "vqgan public.bin --config small")
     assert equal(vqgan.load_vqgan("out/small/vqgan.pt").state_dict(), state)
     with pytest.raises(BadInput, match="vqgan.pt: exists.*--overwrite"):
-        pretrained.main()
-
-
-def test_a_public_titok_reconstructs(tmp_path, monkeypatch, capsys):
-    model = pretrained.load_titok(rule_weights(golden("titok_s_keys.json")), image_size=64)
-    Image.effect_noise((120, 90), 50).convert("RGB").save(tmp_path / "photo.png")
-    monkeypatch.setattr(pretrained, "load_titok", lambda path: model)
-    monkeypatch.setattr(sys, "argv", ["pretrained", "titok", "titok.bin",
-                                      f"{tmp_path}/photo.png", "--out", f"{tmp_path}"])
-    pretrained.main()
-    codes = model.encode(torch.from_numpy(
-        data.read_image(tmp_path / "photo.png", 64)[None]) / 255)[0]
-    assert f"photo.png: {' '.join(map(str, codes.tolist()))}\n" in capsys.readouterr().out
-    assert Image.open(tmp_path / "reconstruct.png").size == (2 * 130 - 2, 128)
+        said_by(pretrained, "vqgan public.bin --config small")
 
 
 def test_weights_in_half_precision(toy, tmp_path):
@@ -670,62 +642,49 @@ def test_the_toy_weights_of_make_sample(tmp_path):
 
 # ---- Training as real processes (trainer.py and all five loops)
 
-STAGES = {      # what each stage's checkpoint is called, and its command without the steps
-    "vqgan": "vqgan.py",
-    "nativetok_3": "tokenizer.py --tokens 3",
-    "nativetok_4": "hnt.py --tokens 4",
-    "nativetok_4_stage2": "tokenizer.py --tokens 4 --stage 2 --discriminator_first 3",
-    "ar_nativetok_4": "generator.py --tokens 4 --mode ar",
-    "maskgit_nativetok_4": "generator.py --tokens 4 --mode maskgit",
-}
+def copy_without(folder, target, *names):
+    """A copy of the folder without what begins with the names."""
+    ignored = shutil.ignore_patterns(*(f"{name}*" for name in names))
+    return shutil.copytree(folder, target, ignore=ignored)
 
 
-def folder_without(toy, target, name):
-    """A copy of the toy folder without what stage `name` makes, and what is made of that."""
-    later = ["*_stage2*"] if name in ("nativetok_4", "nativetok_4_stage2") else []
-    return shutil.copytree(toy, target, ignore=shutil.ignore_patterns(f"{name}.*", *later))
-
-
-@pytest.mark.parametrize("name", ["vqgan", "ar_nativetok_4"])
-def test_ctrl_c_saves_first(toy, tmp_path, name):
-    """After Ctrl-C a run saves the step it has come to, says so, and continues from there."""
-    out = folder_without(toy, tmp_path / "out", name)
-    command, checkpoint = f"python {STAGES[name]} {SMALL} --out {out}", out / f"{name}.pt"
-    with running(f"{command} --steps 200 --save_every 2", stderr=tmp_path / "err") as process:
+@pytest.mark.parametrize("name, words", [("vqgan", "vqgan.py"),
+                                         ("ar_nativetok_4", "generator.py --tokens 4 --mode ar")])
+def test_ctrl_c_saves_first_and_two_runs_in_one_folder(toy, tmp_path, name, words):
+    """After Ctrl-C a run saves the step it has come to, says so, and continues from there; its lock
+    goes with its process."""
+    out = copy_without(toy, tmp_path / "out", name)
+    command, checkpoint = f"python {words} {SMALL} --out {out}", out / f"{name}.pt"
+    with running(f"{command} --steps 9000 --save_every 2", stderr=tmp_path / "err") as process:
         while process.is_alive() and not checkpoint.exists():
             time.sleep(0.02)
+        refused(f"{command} --steps 1 --resume", "another run writes there")
         os.kill(process.pid, signal.SIGINT)
         process.join(60)
     step, said = load(checkpoint)["step"], (tmp_path / "err").read_text()
-    assert process.exitcode == 130 and f"holds step {step} of 200" in said, said
+    assert process.exitcode == 130 and f"holds step {step} of 9000" in said, said
     said = run(f"{command} --steps {step + 1} --resume")
     assert load(checkpoint)["step"] == step + 1
     assert f"resumed at step {step} of {step + 1}" in said.splitlines()[0], said
 
 
 KILLS = int(os.environ.get("KILLS", 8))
-TINY_RUN = "--resume --batch_size 4 --save_every 1 --log_every 2 --preview_every 3 --steps 10"
+SEEDED = "--config toy --data shapes --out . --seed 3"
+TINY_RUN = (f"{SEEDED} --resume --batch_size 4 --save_every 1 --log_every 2 --preview_every 3 "
+            "--steps 10")
 TINY_CODES = ("--patch_size 4 --width 16 --heads 2 --expert_width 8 --expert_heads 2 "
               "--encoder_layers 1 --decoder_layers 1")
 TINY_GENERATOR = "--tokens 4 --width 16 --heads 2 --layers 2"
-KILLED = {      # command, and what it makes
-    "vqgan": ("vqgan.py --image_size 16 --channels 8", ["vqgan*"]),
-    "stage1": (f"tokenizer.py --tokens 2 {TINY_CODES}", ["nativetok_2*"]),
-    "hnt": ("hnt.py --tokens 4", ["nativetok_4*"]),         # its 90 % boundary: after step 9
-    "stage2": ("tokenizer.py --tokens 4 --stage 2 --discriminator_first 3", ["*_stage2*"]),
-    "ar": (f"generator.py --mode ar {TINY_GENERATOR}", ["ar_*"]),
-    "maskgit": (f"generator.py --mode maskgit {TINY_GENERATOR}", ["maskgit_*"]),
-    "codes": (f"generator.py --mode ar {TINY_GENERATOR}", ["ar_*", "codes_*"]),
-    "report": ("-m extras.report --tokens 4 --images 50 --samples 20", []),
+KILLED = {      # command, for the folder it works in, and what it makes
+    "vqgan": (f"vqgan --image_size 16 --channels 8 {TINY_RUN}", "vqgan"),
+    "stage1": (f"tokenizer --tokens 2 {TINY_CODES} {TINY_RUN}", "nativetok_2"),
+    "hnt": (f"hnt --tokens 4 {TINY_RUN}", "nativetok_4"),       # its 90 % boundary: after step 9
+    "stage2": (f"tokenizer --tokens 4 --stage 2 --discriminator_first 3 {TINY_RUN}", "*_stage2"),
+    "ar": (f"generator --mode ar {TINY_GENERATOR} {TINY_RUN}", "ar_"),
+    "maskgit": (f"generator --mode maskgit {TINY_GENERATOR} {TINY_RUN}", "maskgit_"),
+    "codes": (f"generator --mode ar {TINY_GENERATOR} {TINY_RUN}", "ar_", "codes_"),
+    "report": (f"extras.report --tokens 4 --images 50 --samples 20 {SEEDED}",),
 }
-
-
-def killable(stage):
-    """Its command, for the folder it works in; a training continues from where it was killed."""
-    shared = "--config toy --data shapes --out . --seed 3"
-    if stage == "report":
-        return f"python {KILLED[stage][0]} {shared}"
-    return f"python {ROOT}/{KILLED[stage][0]} {shared} {TINY_RUN}"
 
 
 @pytest.fixture(scope="session")
@@ -733,7 +692,7 @@ def small_stages(tmp_path_factory):
     """A folder with all stages at the smallest size."""
     folder = tmp_path_factory.mktemp("tiny")
     for stage in list(KILLED)[:6]:
-        run(killable(stage), cwd=folder)
+        run(f"python -m {KILLED[stage][0]}", cwd=folder)
     image_set = data.open_dataset("shapes", "train", 16)        # a classifier, not trained here
     config = {"data": image_set.fingerprint, "steps": 900, "batch_size": 128}
     torch.save({"stage": "fd_classifier", "step": 900, "config": config,
@@ -741,27 +700,13 @@ def small_stages(tmp_path_factory):
     return folder
 
 
-def copy_for(stage, folder, target):
-    """A copy of the folder without what the stage makes."""
-    return shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*KILLED[stage][1]))
-
-
 def content(path):
     """What must be equal in two runs: all but times."""
-    def without_times(value):
-        if not isinstance(value, dict):
-            return value
-        return {k: without_times(v) for k, v in value.items()
-                if k not in ("seconds", "images_per_s", "hnt")}
-
+    times = r'"(seconds|images_per_s|hnt)": ({[^}]*}|[\d.e-]+)|.*(Seconds: |frozen step).*'
     if path.suffix == ".pt":
         return load(path)
-    if path.suffix in (".json", ".jsonl"):
-        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        return [without_times(json.loads(line)) for line in lines]
-    if path.suffix == ".html":
-        return [line for line in path.read_text().splitlines() if "Seconds: " not in line
-                and "frozen step" not in line]
+    if path.suffix in (".json", ".jsonl", ".html"):
+        return re.sub(times, "", path.read_text())
     return None if path.is_dir() else path.read_bytes()
 
 
@@ -781,37 +726,24 @@ def being_written(folder):
     return found
 
 
-@pytest.fixture(scope="session")
-def alone(small_stages, tmp_path_factory):
-    """alone(stage) -> the folders of two runs that were not disturbed, the second one's seconds.
-    The first has an interpreter, and so a hash seed, of its own."""
-    @functools.cache
-    def alone(stage):
-        folders = [copy_for(stage, small_stages, tmp_path_factory.mktemp(stage) / name)
-                   for name in ("first", "second")]
-        run(killable(stage), cwd=folders[0], fresh=True)
-        started = time.monotonic()
-        run(killable(stage), cwd=folders[1])
-        return *folders, time.monotonic() - started
-    return alone
-
-
 @pytest.mark.parametrize("stage", KILLED)
-def test_same_seed_same_files(alone, stage):
-    assert_same_files(*alone(stage)[:2])
-
-
-@pytest.mark.parametrize("stage", KILLED)
-def test_killed_runs(alone, small_stages, tmp_path, stage):
-    """SIGKILL at random moments, half of them as soon as something is saved, and started again: at
-    the end every file is that of a run that was not disturbed, and there are no others."""
-    whole, _, duration = alone(stage)
+def test_same_seed_same_files_and_killed_runs(small_stages, tmp_path, stage):
+    """Of two runs, one in an interpreter and so with a hash seed of its own; then SIGKILL at random
+    moments, half of them as soon as something is saved, and started again: at the end every file is
+    that of a run that was not disturbed, and there are no others."""
+    command, *made = KILLED[stage]
+    whole, again = (copy_without(small_stages, tmp_path / name, *made) for name in ("one", "two"))
+    run(f"python -m {command}", cwd=whole, fresh=True)
+    started = time.monotonic()
+    run(f"python -m {command}", cwd=again)
+    duration = time.monotonic() - started
+    assert_same_files(whole, again)
     said, chance = tmp_path / "said", np.random.default_rng([*stage.encode()])
     kills, in_a_save, finished, folder = 0, 0, 0, None
     while kills < KILLS or folder:
-        folder = folder or copy_for(stage, small_stages, tmp_path / str(finished))
+        folder = folder or copy_without(small_stages, tmp_path / str(finished), *made)
         left = being_written(folder)            # by earlier kills
-        with running(killable(stage), folder, said, said) as process:
+        with running(f"python -m {command}", folder, said, said) as process:
             process.join(chance.uniform(0, duration) if kills < KILLS else 300)
             if kills < KILLS and chance.random() < 0.5:
                 while process.is_alive() and being_written(folder) <= left:
@@ -831,83 +763,67 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
     def breaks(temporary):
         temporary.write(b"half")
         raise OSError(28, "No space left on device")
-
     trainer.write_atomically(tmp_path / "x.pt", lambda file: file.write(b"whole"))
     with pytest.raises(OSError, match="No space left on device"):
         trainer.write_atomically(tmp_path / "x.pt", breaks)
     assert (tmp_path / "x.pt").read_bytes() == b"whole"
 
 
-def test_results_are_not_overwritten_unless_asked_for(toy, tmp_path):
-    before = (toy / "vqgan.pt").read_bytes()
-    command = f"python vqgan.py {SMALL} --out {toy}"
+def test_results_are_not_overwritten_unless_asked_for_nor_by_numbers_not_finite(toy, tmp_path):
+    out = shutil.copytree(toy, tmp_path / "out")
+    command, checkpoint = f"python vqgan.py {SMALL} --save_every 2 --out {out}", out / "vqgan.pt"
+    before = checkpoint.read_bytes()
     for flags in ("", "--resume"):
         assert "complete (4 steps); --overwrite" in run(f"{command} --steps 4 {flags}")
     refused(f"{command} --steps 6", "step 4 of 6", "--resume", "--overwrite")
     refused(f"{command} --steps 6 --resume --seed 5", "seed=0, not 5", "--overwrite")
     refused(f"{command} --steps 6 --resume --clip 2", "clip=1.0, not 2.0")
-    assert (toy / "vqgan.pt").read_bytes() == before
-    out = folder_without(toy, tmp_path / "out", "none")
-    run(f"python vqgan.py {SMALL} --out {out} --steps 5 --resume --learning_rate 1e-4")
-    assert load(out / "vqgan.pt")["step"] == 5
-    assert [line["step"] for line in trainer.read_log(out / "vqgan.jsonl")] == [2, 4, 5]
-    run(f"python vqgan.py {SMALL} --out {out} --steps 2 --seed 5 --overwrite")
-    assert load(out / "vqgan.pt")["step"] == 2
-    assert [line["step"] for line in trainer.read_log(out / "vqgan.jsonl")] == [2]
+    refused(f"{command} --steps 9 --resume --learning_rate 1e30", "not finite at step 6",
+            "vqgan.pt is not replaced", "--learning_rate")
+    assert checkpoint.read_bytes() == before
+    for flags, steps in (("--steps 5 --resume --learning_rate 1e-4", [2, 4, 5]),
+                         ("--steps 2 --seed 5 --overwrite", [2])):
+        run(f"{command} {flags}")
+        assert load(checkpoint)["step"] == steps[-1]
+        assert [line["step"] for line in trainer.read_log(out / "vqgan.jsonl")] == steps
     refused(f"python tokenizer.py --tokens 2 {SMALL} --out {out} --steps 6 --resume", "vqgan=")
 
 
-def test_two_runs_in_one_folder(toy, tmp_path):
-    out = folder_without(toy, tmp_path / "out", "vqgan")
-    command = f"python vqgan.py {SMALL} --out {out} --save_every 1 --steps 500"
-    with running(command) as process:
-        while process.is_alive() and not (out / "vqgan.pt").exists():
-            time.sleep(0.02)
-        refused(f"{command} --resume", "another run writes there")
-    run(f"{command.replace('500', '2')} --overwrite")       # the lock went with its process
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_saves(toy, tmp_path):
-    out = folder_without(toy, tmp_path / "out", "vqgan")
-    command = f"python vqgan.py {SMALL} --out {out} --save_every 2"
-    run(f"{command} --steps 2")
-    before = (out / "vqgan.pt").read_bytes()
-    refused(f"{command} --steps 9 --resume --learning_rate 1e30", "not finite at step 4",
-            "vqgan.pt is not replaced", "--learning_rate")
-    assert (out / "vqgan.pt").read_bytes() == before
-
-
+# random draws differ between ranks by design: here all are the same
+SAME_DRAWS = """
+import torch, d2it, trainer
+torch.rand = lambda *shape, **_: torch.full(shape if isinstance(shape[0], int) else shape[0], 0.4)
+torch.randn = lambda *shape, **_: torch.linspace(-1, 1, shape[-1]).expand(shape).contiguous()
+torch.randn_like = lambda x: torch.full_like(x, 0.3)
+torch.randint = lambda *limits, **_: torch.full(limits[-1], 3)
+trainer.launch(d2it.main)
+"""
 TWO = "torchrun --standalone --nproc_per_node=2 {0}"
 # as on two machines that share --out
 NODES = " & ".join(f"torchrun --nnodes=2 --node_rank={rank} --master_addr=127.0.0.1 "
                    "--master_port=29517 --nproc_per_node=1 {0}" for rank in (1, 0)) + " && wait $!"
 
 
-@pytest.fixture(scope="session")
-def undivided(toy, tmp_path_factory):
-    """undivided(name, flags) -> the folder in which one process took 4 steps, whole batches."""
-    @functools.cache
-    def undivided(name, flags):
-        out = folder_without(toy, tmp_path_factory.mktemp(name) / "out", name)
-        said = run(f"python {STAGES[name]} {SMALL} {flags} --out {out}")
-        assert "batch 8 = 1 rank x 8 x 1" in said
-        return out
-    return undivided
-
-
-@pytest.mark.parametrize("name, launcher, flags, split", [
-    ("nativetok_3", "python {0} --micro_batch 3", "", "1 rank x 2 x 4"),     # 3 is no part of 8
-    ("nativetok_3", f"{TWO} --micro_batch 2", "", "2 ranks x 2 x 2"),
-    ("nativetok_3", NODES, "", "2 ranks x 4 x 1"),
-    ("nativetok_4_stage2", TWO, "", "2 ranks x 4 x 1"),
-    ("ar_nativetok_4", TWO, "--dropout 0 --class_dropout 0", "2 ranks x 4 x 1")])
+@pytest.mark.parametrize("name, words, launcher, split", [
+    # 3 is no part of 8
+    ("nativetok_3", "tokenizer.py --tokens 3", "python {0} --micro_batch 3", "1 rank x 2 x 4"),
+    ("nativetok_3", "tokenizer.py --tokens 3", f"{TWO} --micro_batch 2", "2 ranks x 2 x 2"),
+    ("nativetok_3", "tokenizer.py --tokens 3", NODES, "2 ranks x 4 x 1"),
+    ("nativetok_4_stage2", "tokenizer.py --tokens 4 --stage 2 --discriminator_first 3", TWO,
+     "2 ranks x 4 x 1"),
+    ("ar_nativetok_4", "generator.py --tokens 4 --mode ar --dropout 0 --class_dropout 0", TWO,
+     "2 ranks x 4 x 1"),
+    *((f"d2it_{stage}", f"same_draws.py --stage {stage}", TWO, "2 ranks x 4 x 1")
+      for stage in ("dvae", "grain", "content"))])
 def test_micro_batches_ranks_and_nodes_take_the_steps_of_one_process(
-        toy, undivided, tmp_path, name, launcher, flags, split):
+        toy, tmp_path, name, words, launcher, split):
     """Dropout and random masks are off: they differ by design."""
-    flags += " --steps 4 --learning_rate 1e-4 --warmup 1"
-    outs = [undivided(name, flags), folder_without(toy, tmp_path / "out", name)]
-    said = run(launcher.format(f"{STAGES[name]} {SMALL} {flags} --out {outs[1]}"))
-    assert f"batch 8 = {split}" in said
+    script = tmp_path / "same_draws.py"
+    script.write_text(SAME_DRAWS)
+    words = f"{words.replace(script.name, str(script))} {SMALL} --steps 4 --learning_rate 1e-4"
+    outs = [copy_without(toy, tmp_path / part, name) for part in ("one", "other")]
+    for how, parts, out in zip(("python {0}", launcher), ("1 rank x 8 x 1", split), outs):
+        assert f"batch 8 = {parts}" in run(how.format(f"{words} --warmup 1 --out {out}"))
     one, other = (load(out / f"{name}.pt") for out in outs)
     assert len(other["ranks"]) == int(split[0])
     assert split[0] == "1" or not torch.equal(*(rank["cpu"] for rank in other["ranks"]))
@@ -920,13 +836,10 @@ def test_micro_batches_ranks_and_nodes_take_the_steps_of_one_process(
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)      # the mean over all parts
 
 
-def test_schedule_is_warm_up_and_cosine():
+def test_schedule_and_full_size_training_and_sampling_as_published():
     training = trainer.TrainConfig(steps=100, warmup=10, learning_rate=1.0, end_learning_rate=0.1)
     for step, rate in {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 55: 0.55, 100: 0.1}.items():
         assert trainer.cosine(step, training) == pytest.approx(rate)
-
-
-def test_full_size_is_trained_and_sampled_as_published():
     assert hnt.TRAINING["full"].steps == 500_000        # of which appendix F.1's 450,000 frozen
     assert hnt.FROZEN_SHARE["reuse+finetune"] * hnt.TRAINING["full"].steps == 450_000
     assert generator.TRAINING["ar_full"].ema == 0.9999
@@ -962,21 +875,18 @@ def test_what_is_set_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-
-    def flags():
-        return (cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark,
-                not cuda.cudnn_sdp_enabled())
-    assert flags() != (True,) * 4
+    cuda, cudnn, switched = torch.backends.cuda, torch.backends.cudnn, []
+    monkeypatch.setattr(cuda, "enable_cudnn_sdp", switched.append)
+    assert not (cuda.matmul.allow_tf32 or cudnn.benchmark)
     try:
-        assert trainer.choose_device() == torch.device("cuda:0") and flags() == (True,) * 4
+        assert trainer.choose_device() == torch.device("cuda:0") and switched == [False]
+        assert cuda.matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark
         assert settings == ["expandable_segments:True"]
         monkeypatch.setenv("PYTORCH_ALLOC_CONF", "garbage_collection_threshold:0.8")
         trainer.choose_device()
         assert len(settings) == 1       # the user's own stand
     finally:
         cuda.matmul.allow_tf32 = cudnn.benchmark = False
-        cuda.enable_cudnn_sdp(True)
 
 
 def test_help_has_every_field_and_fits_on_a_screen():
@@ -989,9 +899,10 @@ def test_help_has_every_field_and_fits_on_a_screen():
         assert ("--expert_width" in text) == (command == "tokenizer.py")
 
 
-# ---- What users do wrong: one line, exit code 2, no traceback, nothing half-written
+# ---- Pictures instead of training; what users do wrong: one line, exit code 2, no traceback
 
-def test_bad_flags(tmp_path):
+def test_bad_flags_and_stages_out_of_order(toy, tmp_path):
+    stage1 = "python tokenizer.py --tokens 16"
     for command, words in {
             "tokenizer.py --token 16": ["tokenizer.py: error", "--token"],
             "tokenizer.py --gan_weight 1": ["--gan_weight"],        # stage 2's
@@ -1001,7 +912,7 @@ def test_bad_flags(tmp_path):
             "generator.py --mode arr": ["arr", "maskgit"],
             "hnt.py --strategy reus": ["reus", "reuse+finetune"],
             "tokenizer.py --device cuda": ["--device cuda", "not present"],
-            "vqgan.py --config toy --batch_size nan": ["--batch_size", "invalid"],
+            "vqgan.py --batch_size nan": ["--batch_size", "invalid"],
             "generator.py --mode ar --guidance_scale nan": ["--guidance_scale", "finite", "nan"],
             "generator.py --sampling_steps 2": ["--sampling_steps: not of --mode ar"],
             "generator.py --preset maskgit_toy --sample 4 --top_k 0": ["--top_k: not of --mode"],
@@ -1010,14 +921,6 @@ def test_bad_flags(tmp_path):
             "tokenizer.py --reconstruct a.png --steps 5": ["--steps: not with --reconstruct"],
             "tokenizer.py --model titok --expert_width 8": ["--expert_width: TiTok has no experts"],
             "generator.py --num_classes 3": ["--num_classes"],      # read off the data
-    }.items():
-        refused(f"python {command} --out {tmp_path}", *words)
-    assert not list(tmp_path.iterdir())
-
-
-def test_stages_out_of_order(toy, tmp_path):
-    stage1 = "python tokenizer.py --tokens 16"
-    for command, words in {
             "tokenizer.py": ["vqgan.pt: not found", "python vqgan.py"],
             "hnt.py": ["python vqgan.py"], "generator.py --mode ar": [stage1],
             "tokenizer.py --stage 2": ["nativetok_16.pt: not found", "--tokens 16"],
@@ -1032,7 +935,7 @@ def test_stages_out_of_order(toy, tmp_path):
 
 
 def test_wrong_checkpoints(toy, tmp_path):
-    out = folder_without(toy, tmp_path / "out", "none")
+    out = shutil.copytree(toy, tmp_path / "out")
     command = f"{SMALL} --out {out}"
     (out / "cut.pt").write_bytes((out / "vqgan.pt").read_bytes()[:-5000])
     (out / "text.pt").write_text("not a checkpoint")
@@ -1063,8 +966,6 @@ def test_wrong_checkpoints(toy, tmp_path):
     refused(f"python hnt.py {SMALL} --out {tmp_path} --tokens 4 --source {toy}/nativetok_2.pt",
             "nativetok_2.pt", "another VQGAN")
 
-
-# ---- Results: pictures instead of training
 
 def test_reconstruct_and_sample(toy, tmp_path):
     shutil.copytree(toy, tmp_path / "out")
@@ -1116,7 +1017,8 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_every_epoch_is_another_permutation():
+def test_order_does_not_depend_on_workers_ranks_accumulation_or_resuming(folder):
+    """Every epoch is another permutation."""
     steps = take(data.row_order(10, 3, seed=0), 6)
     for epoch, part in enumerate((steps[:3], steps[3:])):
         assert len({row for _, indices in part for row in indices}) == 9
@@ -1125,9 +1027,6 @@ def test_every_epoch_is_another_permutation():
         assert not np.array_equal(steps[0][1], other[1])
     for epochs, indices in take(data.row_order(3, 8, seed=0), 4):       # fewer images than a batch
         assert set(indices) == {0, 1, 2} and len({*zip(epochs.tolist(), indices.tolist())}) == 8
-
-
-def test_order_does_not_depend_on_workers_ranks_accumulation_or_resuming(folder):
     dataset = data.open_dataset(str(folder), "train", 16, augment=True)
     plain = take(data.batches(dataset, 8, seed=3), 7)                   # more than two epochs
     assert plain[0][0].shape == (8, 3, 16, 16) and plain[0][0].dtype == torch.uint8
@@ -1166,7 +1065,6 @@ def test_augmentation_and_fixed_views(folder):
 def test_shapes():
     train, val = (data.open_dataset("shapes", split, 32) for split in ("train", "val"))
     assert (len(train), len(val), len(train.classes)) == (10_000, 2_000, 10)
-    assert "drawn" in train.note
     assert not np.array_equal(train.get(7), val.get(7)) and train.fingerprint != val.fingerprint
     assert np.bincount(val.labels).tolist() == [200] * 10
     large = data.open_dataset("shapes", "train", 128)
@@ -1220,9 +1118,8 @@ def test_every_mode_and_draft_show_the_same_picture(tmp_path):
     for mode in ("RGBA", "LA", "P"):                    # transparent becomes white
         clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0)).convert(mode)
         assert (saved("clear.png", clear) == 1).all()
-    Image.fromarray(np.array([[258, 513]], np.uint16)).save(tmp_path / "clear.png",
-                                                            transparency=258)
-    assert np.asarray(data.decode_image(tmp_path / "clear.png", 2))[0, :, 0].tolist() == [255, 2]
+    Image.fromarray(np.array([[258, 513]], np.uint16)).save(tmp_path / "c.png", transparency=258)
+    assert np.asarray(data.decode_image(tmp_path / "c.png", 2))[0, :, 0].tolist() == [255, 2]
     for bits, color, row, clear in ((4, 0, b"\x25", ">H"), (16, 2, b"\x20\0" * 3 + b"\x50\0" * 3,
                                                          ">HHH")):      # Pillow scales the pixels
         chunks = ((b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, color, 0, 0, 0)),
@@ -1254,7 +1151,9 @@ def test_every_mode_and_draft_show_the_same_picture(tmp_path):
 def test_folders_of_all_layouts(tmp_path, folder):
     def opened(name):
         return [data.open_dataset(str(tmp_path / name), split, 8) for split in ("train", "val")]
-    (tmp_path / "bare").mkdir()
+    for name in ("bare", "empty", "linked", "classes/dog/deeper", "classes/elk/deeper",
+                 "classes/fox", "classes/gnu"):
+        (tmp_path / name).mkdir(parents=True)
     for i in range(200):
         picture(i, 8, 8).save(tmp_path / "bare" / f"{i}.PNG")
     train, val = opened("bare")
@@ -1262,12 +1161,8 @@ def test_folders_of_all_layouts(tmp_path, folder):
     assert train.classes == ["images"] and "5% of the folder, at least 2, held out" in train.note
     picture(0, 8, 8).save(tmp_path / "bare" / "new.png")        # moves no other file
     assert set(opened("bare")[0].files) - {"new.png"} == set(train.files)
-
-    for name in ("dog", "elk", "fox", "gnu"):
-        (tmp_path / "classes" / name / "deeper").mkdir(parents=True)
     for name in ("dog/deeper/a.jpeg", "dog/b.jpg", "elk/deeper/a.jpeg", "fox/a.jfif", "beside.png"):
         picture(0).save(tmp_path / "classes" / name, "JPEG")
-    (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "c.avif").touch()
     (tmp_path / "linked" / "d.heic").touch()
     (tmp_path / "classes" / "dog" / "more").symlink_to(tmp_path / "linked")
@@ -1280,7 +1175,6 @@ def test_folders_of_all_layouts(tmp_path, folder):
     assert train.note.endswith(
         "held out as val, left out: 1 .heic, 1 folders by a second link, 1 folders without images "
         "(gnu), 1 images beside the folders of classes")
-
     train, val = opened("pictures")
     assert train.classes == val.classes == ["ant", "bee", "cat"] and train.note == ""
     assert train.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 and len(val) == 6
@@ -1300,7 +1194,6 @@ def test_folders_of_all_layouts(tmp_path, folder):
         assert f"all but train and val of {folder} left out" in part.note
     flat = shutil.copytree(folder / "TEST", tmp_path / "flat" / "train").parent
     shutil.copytree(tmp_path / "bare", flat / "val")
-    (tmp_path / "empty").mkdir()
     shutil.copytree(flat / "train" / "ant", tmp_path / "single" / "train")
     shutil.copytree(flat / "train" / "ant", tmp_path / "single" / "val")
     (tmp_path / "single" / "val" / "0.png").unlink()
@@ -1355,10 +1248,9 @@ def random_generator(config, seed=0):
     """Weights large enough that the logits of a fresh model differ clearly."""
     torch.manual_seed(seed)
     model = generator.GENERATORS[config.mode](config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim >= 2:
-                p.normal_(std=0.3)
+    for p in model.parameters():
+        if p.ndim >= 2:
+            nn.init.normal_(p, std=0.3)
     return model
 
 
@@ -1368,12 +1260,11 @@ def test_ar_cache_and_one_guidance_pass_equal_the_plain_form(rope):
     for settings in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 0.0, "top_k": 5}, {"top_k": 1},
                      {"temperature": 0.0}, {"guidance_scale": 2.0, "top_k": 4, "temperature": 0.7}):
         fast = model.generate(LABELS, generator=seeded(), **settings)
-        assert fast.shape == (5, 9) and fast.dtype == torch.int64
         assert torch.equal(fast, model.generate_plain(LABELS, generator=seeded(), **settings))
 
 
 @pytest.mark.parametrize("config", [AR, MASKGIT], ids=["ar", "maskgit"])
-def test_without_class_the_class_is_not_read(config):
+def test_training_hides_the_class_of_a_share_of_the_images_and_then_it_is_not_read(config):
     model, codes = random_generator(config), torch.randint(24, (5, config.tokens))
     without = model(codes, LABELS, HIDE)
     assert torch.equal(without, model(codes, LABELS.flip(0), HIDE))
@@ -1382,19 +1273,12 @@ def test_without_class_the_class_is_not_read(config):
     if config.mode == "maskgit":    # guidance in one pass
         guided, with_class = model.guided_logits(codes, LABELS, 2.5), model(codes, LABELS)
         torch.testing.assert_close(guided, without + 2.5 * (with_class - without))
-
-
-@pytest.mark.parametrize("config", [AR, MASKGIT], ids=["ar", "maskgit"])
-def test_training_hides_the_class_of_a_share_of_the_images(config):
-    hidden, codes = [], torch.zeros(2000, config.tokens, dtype=torch.int64)
-
-    def model(codes, labels, drop_label):
-        hidden.append(drop_label.float().mean().item())
-        return torch.zeros(*codes.shape, 24)
-
+    codes = torch.zeros(2000, config.tokens, dtype=torch.int64)
+    model = mock.Mock(return_value=torch.zeros(*codes.shape, 24))
     for share in (0.0, 0.25, 1.0):
         config = replace(config, class_dropout=share)
         generator.LOSSES[config.mode](model, config, codes, codes[:, 0])
+    hidden = [call.args[2].float().mean().item() for call in model.call_args_list]
     assert hidden == [0, pytest.approx(0.25, abs=0.06), 1]
 
 
@@ -1446,17 +1330,14 @@ def test_maskgit_guidance_and_annealing_of_every_step(monkeypatch):
 
 def test_maskgit_loss_weighs_masked_and_visible_codes():
     torch.manual_seed(0)
-    codes, seen = torch.randint(24, (512, 12)), []
-
-    def model(given, labels, drop_label):       # sure of what it sees, uniform on what is masked
-        seen.append((given == 24).sum(1))
-        return 50.0 * F.one_hot(given, 25)[..., :24]
-
-    config = replace(MASKGIT, label_smoothing=0.0)
+    codes, config = torch.randint(24, (512, 12)), replace(MASKGIT, label_smoothing=0.0)
+    # sure of what it sees, uniform on what is masked
+    model = mock.Mock(side_effect=lambda given, *_: 50.0 * F.one_hot(given, 25)[..., :24])
     loss, _ = generator.maskgit_loss(model, config, codes, codes[:, 0])
-    masked = seen[0].sum()
+    counts = (model.call_args.args[0] == 24).sum(1)
+    masked = counts.sum()
     share = (masked / codes.numel()).item()     # the mean of arccos(u) * 2 / pi
-    assert seen[0].min() >= 1 and share == pytest.approx(2 / np.pi, abs=0.04)
+    assert counts.min() >= 1 and share == pytest.approx(2 / np.pi, abs=0.04)
     weights = masked + 0.1 * (codes.numel() - masked)
     assert loss.item() == pytest.approx((masked * np.log(24) / weights).item(), abs=1e-4)
 
@@ -1486,51 +1367,36 @@ def test_find_classes():
             generator.find_classes(text, names)
 
 
-class FewImages(data.Images):
-    """24 pictures that differ."""
-    labels, size = np.arange(24) % 3, 16
+def test_code_cache(tmp_path):
+    pictures, encoded = data.open_dataset("shapes", "train", 16), []
+    pictures.labels = pictures.labels[:24]
+    others = copy.copy(pictures)
+    others.fingerprint = "others"
 
-    def __init__(self, fingerprint="some pictures"):
-        self.fingerprint = fingerprint
-
-    def get(self, index, rng=None):
-        pixels = np.random.default_rng(index).integers(0, 256, 3 * 16 ** 2, dtype=np.uint8)
-        return pixels.reshape(3, 16, 16)
-
-
-class Brightness:
-    """A tokenizer of 4 codes: the mean brightness of each quarter."""
-    config, images = SimpleNamespace(image_size=16), 0
-
-    def encode(self, images):
-        self.images += len(images)
+    def encode(images):         # 4 codes: the mean brightness of each quarter
+        encoded.extend(images)
         return (F.adaptive_avg_pool2d(images.mean(1), 2) * 255).long().flatten(1)   # [B, 4]
 
+    def extract(folder=tmp_path, fingerprint="one", dataset=pictures, rank=0, world=1, **changes):
+        run = SimpleNamespace(config=replace(AR, **{"views": 2, "codebook_size": 256, **changes}),
+                              training=trainer.TrainConfig(workers=0), device="cpu", rank=rank,
+                              world=world, main=rank == 0, say=print)
+        tokenizer = SimpleNamespace(config=SimpleNamespace(image_size=16), encode=encode)
+        encoded.clear()
+        return generator.extract_codes(run, tokenizer, fingerprint, dataset, folder)
 
-def extract(folder, tokenizer, fingerprint="one", dataset=FewImages(), views=2, rank=0, world=1,
-            codebook_size=256):
-    run = SimpleNamespace(config=replace(AR, views=views, codebook_size=codebook_size),
-                          training=trainer.TrainConfig(workers=0), device="cpu", rank=rank,
-                          world=world, main=rank == 0, say=print)
-    return generator.extract_codes(run, tokenizer, fingerprint, dataset, folder)
-
-
-def test_code_cache(tmp_path):
-    tokenizer, again = Brightness(), Brightness()
-    codes = extract(tmp_path, tokenizer)
-    images = next(data.all_images(FewImages(), 24))[0]
-    expected = [tokenizer.encode(images).numpy(), tokenizer.encode(images.flip(-1)).numpy()]
+    images = next(data.all_images(pictures, 24))[0]
+    expected, codes = [encode(images).numpy(), encode(images.flip(-1)).numpy()], extract()
     assert np.array_equal(codes, expected) and codes.dtype == np.uint16
-    assert np.array_equal(extract(tmp_path, again), codes) and again.images == 0
-    assert extract(tmp_path, again, codebook_size=70_000).dtype == np.uint32
-    for change in ({"fingerprint": "two"}, {"dataset": FewImages("others")}, {}):
-        tokenizer = Brightness()
-        assert np.array_equal(extract(tmp_path, tokenizer, **change), codes)
-        assert tokenizer.images == 48 and len(list(tmp_path.glob("*.npy"))) == 1
-    parts = [extract(tmp_path / "new" / str(rank), Brightness(), rank=rank, world=2)
+    assert np.array_equal(extract(), codes) and not encoded
+    assert extract(codebook_size=70_000).dtype == np.uint32
+    for change in ({"fingerprint": "two"}, {"dataset": others}, {}):
+        assert np.array_equal(extract(**change), codes)
+        assert len(encoded) == 48 and len(list(tmp_path.glob("*.npy"))) == 1
+    parts = [extract(tmp_path / "new" / str(rank), rank=rank, world=2)
              for rank in (0, 1)]        # without a process group: each has its own part only
     assert np.array_equal(np.concatenate(parts, 1), codes) and parts[0].shape == (2, 12, 4)
-    assert extract(tmp_path, tokenizer, views=1).shape == (1, 24, 4)
+    assert extract(views=1).shape == (1, 24, 4)
     images = torch.rand(2, 3, 35, 35, generator=seeded())
     views = generator.views_of(images, 10, 32)                  # ten crops
     for view, flip, (y, x) in zip(views[:5], views[5:], ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2)),
@@ -1569,14 +1435,14 @@ def test_psnr_perplexity_and_bytes():
     assert evaluate.to_uint8(torch.tensor([-1, 0.999, 2, 0.5])).tolist() == [0, 255, 255, 128]
 
 
-def test_frechet_distance_and_inception_score_golden():
-    numbers = golden("fid_golden.npz")
+def test_frechet_distance_inception_score_precision_and_recall_golden():
+    numbers = golden("fid")
     a, b, c = (evaluate.feature_statistics(numbers[f"feats_{x}"]) for x in "abc")
     np.testing.assert_allclose(a[0], numbers["mu_a"], atol=1e-12)
     np.testing.assert_allclose(a[1], numbers["sigma_a"], atol=1e-12)
     assert evaluate.frechet_distance(*a, *b) == pytest.approx(float(numbers["fid"]), abs=1e-6)
     assert evaluate.frechet_distance(*a, *c) == pytest.approx(float(numbers["fid_ac"]), abs=1e-5)
-    numbers = golden("is_golden.npz")
+    numbers = golden("is")
     logits, value = numbers["logits"], lambda name: float(numbers[name])
     adm, expected = evaluate.inception_score_adm, (value("is_tf_mean"), value("is_tf_std"))
     assert evaluate.inception_score(logits) == pytest.approx(expected, abs=1e-10)
@@ -1584,6 +1450,12 @@ def test_frechet_distance_and_inception_score_golden():
     assert adm(logits, part=300) == pytest.approx(value("is_adm_split300"), abs=1e-10)
     certain = 1000 * np.eye(10, dtype=np.float32)[np.arange(100) % 10]      # others underflow to 0
     assert adm(certain) == pytest.approx(10)
+    numbers = golden("prc")
+    real, fake = numbers["feats_ref"], numbers["feats_sample"]
+    expected = float(numbers["precision"]), float(numbers["recall"])
+    assert evaluate.precision_recall(real, fake) == expected
+    assert evaluate.precision_recall(real, fake, 4, 37) == (0.9525, 0.620)
+    assert evaluate.precision_recall(real, real + 100) == (0.0, 0.0)
 
 
 def test_kernel_distance_draws_as_torch_fidelity():
@@ -1602,22 +1474,9 @@ def test_kernel_distance_draws_as_torch_fidelity():
     assert ours == pytest.approx((np.mean(values), np.std(values)), abs=1e-12)
 
 
-def test_precision_recall_golden():
-    numbers = golden("prc_golden.npz")
-    real, fake = numbers["feats_ref"], numbers["feats_sample"]
-    expected = float(numbers["precision"]), float(numbers["recall"])
-    assert evaluate.precision_recall(real, fake) == expected
-    assert evaluate.precision_recall(real, fake, 4, 37) == (0.9525, 0.620)
-    assert evaluate.precision_recall(real, real + 100) == (0.0, 0.0)
-
-
-@pytest.fixture(scope="module")
-def inception():
-    return evaluate.InceptionFID(rule_weights(golden("inception_fid_keys.json"), gain=2.0))
-
-
-def test_inception_golden(inception, monkeypatch):
-    numbers = golden("inception_fid_golden.npz")
+def test_inception_golden(monkeypatch):
+    inception = evaluate.InceptionFID(rule_weights("inception_fid", gain=2.0))
+    numbers = golden("inception_fid")
     images = torch.from_numpy(numbers["images"])
     resized = evaluate.tf_resize(images)[0]
     for a, b in ((0, 16), (150, 166), (283, 299)):
@@ -1637,9 +1496,7 @@ def test_inception_golden(inception, monkeypatch):
 
 class Tiny(torch.nn.Module):
     """In place of InceptionFID: means of squares."""
-    def __init__(self, weights):
-        super().__init__()
-        self.fingerprint = "tiny"
+    fingerprint = "tiny"
 
     def forward(self, images):
         pool = torch.nn.functional.adaptive_avg_pool2d(images / 255, 2).flatten(1)      # [B, 12]
@@ -1662,17 +1519,16 @@ def fid_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def fid_of(fid_folder, monkeypatch, capsys):
+def fid_of(fid_folder, monkeypatch, said_by):
     """Runs a command here, with @ for fid_folder: (scores, protocol), which were printed too."""
-    monkeypatch.setattr(evaluate, "InceptionFID", Tiny)
+    monkeypatch.setattr(evaluate, "InceptionFID", lambda weights: Tiny())
     monkeypatch.setattr(evaluate, "FEATURES", 12)
+    monkeypatch.setattr(evaluate, "BATCH", 4)       # of 10: of two ranks one gets 4, the other 6
 
     def command(words):
         words = f"{words} --json @/x.json --inception @/b.npz --device cpu"
-        words = words.replace("@", str(fid_folder)).split()
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-        evaluate.main()
-        found, said = json.loads((fid_folder / "x.json").read_text()), capsys.readouterr().out
+        said = said_by(evaluate, words.replace("@", str(fid_folder)))
+        found = json.loads((fid_folder / "x.json").read_text())
         assert all(line in said for line in [*found["scores"], *found["protocol"]])
         return found["scores"], "\n".join(found["protocol"])
 
@@ -1700,9 +1556,6 @@ def test_fid(fid_of, fid_folder):
         shutil.copy2(fid_folder / "a" / file.name, file)
     later, protocol = fid_of("fid @/a @/loose")
     assert later["FID"] == pytest.approx(0, abs=1e-3) and "loose, left out: 1 .heic" in protocol
-
-
-def test_fid_of_statistics(fid_of, fid_folder):
     scores, _ = fid_of("fid @/statistics_a.npz @/statistics_b.npz")
     one, two = (np.load(fid_folder / f"statistics_{name}.npz") for name in "ab")
     expected = sum(np.square(one[name] - two[name]).sum() for name in ("mu", "s"))
@@ -1737,9 +1590,7 @@ def test_fid_refuses(fid_of, fid_folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
-def test_rfid_and_gfid_on_one_rank_and_on_two(toy, folder, fid_of, fid_folder, tmp_path,
-                                              monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH", 4)               # of 10: one rank gets 4, the other 6
+def test_rfid_and_gfid_on_one_rank_and_on_two(toy, folder, fid_of, fid_folder, tmp_path):
     data = "--data shapes --images 10"
     scores, protocol = fid_of(f"rfid {toy}/nativetok_4_stage2.pt {data}")
     assert scores["FID"] > 0 and "scored: by " in protocol and "argmax" not in protocol
@@ -1765,7 +1616,8 @@ def test_rfid_and_gfid_on_one_rank_and_on_two(toy, folder, fid_of, fid_folder, t
             fid_of(f"{gfid} {flags}")
     (tmp_path / "two.py").write_text(
         f"import torch, evaluate, trainer\n{inspect.getsource(Tiny)}\n"
-        "evaluate.InceptionFID, evaluate.BATCH = Tiny, 4\ntrainer.launch(evaluate.main)\n")
+        "evaluate.InceptionFID, evaluate.BATCH = lambda weights: Tiny(), 4\n"
+        "trainer.launch(evaluate.main)\n")
     new = tmp_path / "new"      # is made
     said = run(TWO.format(f"{tmp_path}/two.py {gfid} --save {new}/two.npz --inception "
                           f"{tmp_path}/two.py --json {new}/two.json --device cpu"))
@@ -1778,8 +1630,7 @@ def test_rfid_and_gfid_on_one_rank_and_on_two(toy, folder, fid_of, fid_folder, t
 
 
 def test_gfid_draws_classes_as_often_as_the_data_has_them(monkeypatch):
-    decoder = nn.Linear(1, 1)
-    decoder.decode_codes, decoder.config, decoder.path = lambda codes: codes, TINY_VQGAN, "x.pt"
+    decoder = SimpleNamespace(decode_codes=lambda codes: codes, config=TINY_VQGAN, path="x.pt")
     monkeypatch.setattr(evaluate, "sample_codes", lambda model, labels, seed: labels)
     monkeypatch.setattr(evaluate, "to_uint8", lambda images: images)
     model = SimpleNamespace(config=AR, class_counts=[900, 0, 100])
@@ -1790,22 +1641,20 @@ def test_gfid_draws_classes_as_often_as_the_data_has_them(monkeypatch):
     assert "3 classes at random (0.00% to 90.00% each)" in fake.name
 
 
-# ---- Toy scores and the report (extras/report.py)
+# ---- Toy scores, the report and speed (extras/report.py, extras/bench.py)
 
 def test_bench_of_the_report(tmp_path):
     """Its scores leave the border out; its samples have the test images' balance of classes."""
     args = SimpleNamespace(out=tmp_path, seed=0, device=CPU, data="shapes", images=100, samples=50)
     bench = report.Bench(args, 32)
-    counts = [torch.bincount(labels, minlength=10)
-              for labels in (bench.labels, bench.sample_labels)]
+    counts = [torch.bincount(x, minlength=10) for x in (bench.labels, bench.sample_labels)]
     assert counts[1].sum() == 50 and (counts[0] - 2 * counts[1]).abs().max() <= 2
     bench.classifier = report.FDClassifier(10).eval().requires_grad_(False)
     bench.test.border = 2
     originals, labels = (torch.cat(parts) for parts in zip(*bench.images(bench.test)))
     framed = torch.ones_like(originals)     # only the border is wrong: nothing is lost
     framed[:, :, 2:30, 2:30] = originals[:, :, 2:30, 2:30]
-    scores = bench.score([(framed[i], labels[i], originals[i])
-                          for i in (slice(60), slice(60, None))])
+    scores = bench.score(zip(framed.split(60), labels.split(60), originals.split(60)))
     right = bench.classifier(originals[:, :, 2:30, 2:30])[1].argmax(1) == labels
     assert scores == pytest.approx({"psnr": 100, "accuracy": right.float().mean().item(), "fd": 0},
                                    abs=1e-6)
@@ -1813,50 +1662,40 @@ def test_bench_of_the_report(tmp_path):
     assert darker.keys() == {"accuracy", "fd"} and darker["fd"] > scores["fd"]
 
 
-SCORES = {
-    "vqgan": {"psnr", "perplexity", "accuracy", "fd"},
-    "stage1": {"psnr", "psnr_argmax", "accuracy", "accuracy_argmax", "fd", "fd_argmax",
-               "perplexity"},
-    "stage2": {"psnr", "accuracy", "fd"}, "ar": {"accuracy", "fd", "guidance_scale"},
-    "maskgit": {"accuracy", "fd", "guidance_scale"}, "hnt": {"step_ratio"},
-    "classifier": {"test_accuracy"}}
-REPORT = "python -m extras.report --config toy --data shapes --tokens 4 --images 50 --samples 20"
-
-
-def test_report(toy, folder, tmp_path, monkeypatch, capsys):
+def test_report(toy, folder, tmp_path, monkeypatch, said_by):
     """Its files, and the names and kinds of its numbers; scores of the stages that exist."""
-    def reported(flags):
-        monkeypatch.setattr(sys, "argv", [*REPORT.split()[2:], *flags.split()])
-        report.main()
-        return capsys.readouterr().out
-
+    command = "--config toy --data shapes --tokens 4 --images 50 --samples 20 --out"
     monkeypatch.setattr(report, "fd_classifier", functools.partial(report.fd_classifier, steps=2))
     part = tmp_path / "part"
-    refused(f"{REPORT} --out {part}", "vqgan.pt", "not found", "python vqgan.py")
+    refused(f"python -m extras.report {command} {part}", "vqgan.pt", "not found", "python vqgan.py")
     assert not part.exists()
     part.mkdir()
     shutil.copy(toy / "vqgan.pt", part)
-    refused(f"{REPORT} --out {part}", "nativetok_4.pt", "python hnt.py --tokens 4")
+    with pytest.raises(BadInput, match="nativetok_4.pt.*python hnt.py --tokens 4"):
+        said_by(report, f"{command} {part}")
     with pytest.raises(BadInput, match="vqgan.pt: trained on other images than --data"):
-        reported(f"--out {part} scores --data {folder}")
-    printed = reported(f"--out {part} scores")
+        said_by(report, f"{command} {part} scores --data {folder}")
+    printed = said_by(report, f"{command} {part} scores")
     assert "| VQGAN" in printed and "| stage 1" not in printed
     assert not (part / "report.html").exists()
-
     out = shutil.copytree(toy, tmp_path / "out", ignore=shutil.ignore_patterns("codes*"))
     saved = load(out / "nativetok_4_stage2.pt")     # and an untrained TiTok of the same length
     saved["config"]["model"] = "titok"
     saved["ema"]["model"] = build(TokenizerConfig(**saved["config"])).state_dict()
     torch.save(saved, out / "titok_4_stage2.pt")
-    printed = reported(f"--out {out}")
-    scores, curves = (json.loads((out / name).read_text())
-                      for name in ("scores.json", "curves.json"))
-    assert scores.keys() == {"data", "seed", "seconds", "fd_floor", *SCORES}
-    assert {name: set(scores[name]) for name in SCORES} == SCORES
-    assert scores["data"] == "shapes" and scores["seed"] == 0 and scores["hnt"]["step_ratio"] > 0
-    numbers = [value for name in SCORES for value in scores[name].values()]
-    assert np.isfinite([*numbers, scores["fd_floor"], *scores["seconds"].values()]).all()
-    assert {*scores["seconds"]} == {"vqgan", "stage1", "hnt", "stage2", "ar", "maskgit", "evaluate"}
+    printed = said_by(report, f"{command} {out}")
+    scores, curves = (json.loads((out / f"{x}.json").read_text()) for x in ("scores", "curves"))
+    names = {
+        "vqgan": "psnr perplexity accuracy fd",
+        "stage1": "psnr psnr_argmax accuracy accuracy_argmax fd fd_argmax perplexity",
+        "stage2": "psnr accuracy fd", "ar": "accuracy fd guidance_scale",
+        "maskgit": "accuracy fd guidance_scale", "hnt": "step_ratio", "classifier": "test_accuracy",
+        "seconds": "vqgan stage1 hnt stage2 ar maskgit evaluate"}
+    assert scores.keys() == {"data", "seed", "fd_floor", *names}
+    for name, words in names.items():
+        assert {*scores[name]} == {*words.split()} and np.isfinite([*scores[name].values()]).all()
+    assert np.isfinite(scores["fd_floor"]) and scores["hnt"]["step_ratio"] > 0
+    assert scores["data"] == "shapes" and scores["seed"] == 0
     assert curves["lengths"] == [1, 2, 3, 4]
     assert [len(curves[name]) for name in ("bits", "unigram", "mse")] == [4, 4, 4]
     page = (out / "report.html").read_text()
@@ -1876,25 +1715,20 @@ def test_report(toy, folder, tmp_path, monkeypatch, capsys):
     assert page.count("<img") == sum(text.count("<img") for text in pictures) + 8      # curves
     assert all((out / f"{name}.png").exists() for name in ("reconstructions", "prefixes", "order",
                                                            "samples_ar", "samples_maskgit"))
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(report, "step_ratio", lambda path, device: None)        # saves seconds
     (out / "titok_4_stage2.pt").unlink()
-    assert "matplotlib is missing" in reported(f"--out {out}")
+    assert "matplotlib is missing" in said_by(report, f"{command} {out}")
     page = (out / "report.html").read_text()
     assert '<div class="curves"></div>' in page and "TiTok" not in page
 
 
-# ---- Speed (extras/bench.py)
-
-def test_speed_of_every_form(monkeypatch, capsys):
+def test_speed_of_every_form(monkeypatch, said_by):
     short = replace(bench.PRESETS["toy"], tokens=2, encoder_layers=1, decoder_layers=1)
     small = {"ar_full": bench.PRESETS["ar_toy"], "maskgit_full": bench.PRESETS["maskgit_toy"],
              "titok_l_32": replace(bench.PRESETS["titok_toy"], encoder_layers=1)}
     monkeypatch.setattr(bench, "PRESETS", small | {name: short for name in bench.FULL_SIZE[:3]})
-    monkeypatch.setattr("sys.argv", ["bench", "speed", "--device", "cpu", "--batch_size", "2"])
-    bench.main()
-    said = capsys.readouterr().out
+    said = said_by(bench, "speed --device cpu --batch_size 2")
     assert len(re.findall(r" [\d.]+x", said)) >= 4 and "1.33x" in said
     for name in (*bench.FULL_SIZE, "nativetok_128", "ar_full", "maskgit_full"):
         assert re.search(rf"^{name} .*\d", said, re.MULTILINE)
@@ -1922,7 +1756,7 @@ class Bigram(nn.Module):
         return codes
 
 
-def test_changed_distributions():
+def test_changed_distributions_and_overlap():
     """Exactly m codes differ from the greedy ones, from position `at` on, and they are sampled."""
     ar = Bigram(torch.randn(9, 8, generator=seeded(0)), tokens=7)
     labels = torch.zeros(200, dtype=torch.int64)
@@ -1936,10 +1770,7 @@ def test_changed_distributions():
     p = ar.table[greedy[0, 1]].softmax(-1).scatter(0, greedy[0, 2:3], 0.0)  # [K], not the greedy
     share = torch.bincount(ar.inputs[-3][:, 2], minlength=8) / 200
     assert (share - p / p.sum()).abs().max() < 0.1
-
-
-def test_overlap():
-    """1 if the generator ignores the codes before; small if each code has its own successors."""
+    # overlap: 1 if the generator ignores the codes before; small if each has its own successors
     p = torch.arange(30.0)[None]                        # compared: 29, 28, 27
     q = torch.cat([p[:, 1:], p[:, :1]], 1)              # 28, 27, 26
     assert paper.overlap(p, p).item() == 1 and paper.overlap(p, q).item() == pytest.approx(2 / 3)
@@ -1953,7 +1784,7 @@ def test_overlap():
 def test_intervals():
     for ours, others, verdict in (([1, 1.1, 0.9], [3, 3.2, 2.9], "holds"),
                                   ([3, 3.2, 2.9], [1, 1.1, 0.9], "does not at this scale"),
-                                  ([1, 3, 2], [2, 1, 3], "undecided"), ([1], [3], "undecided")):
+                                  ([1, 3, 2], [2, 3.5, 2], "undecided"), ([1], [3], "undecided")):
         assert paper.difference(ours, others, -2)[1:] == ["-2.00", verdict]
         assert paper.difference(ours, others, "lower")[1:] == ["lower", verdict]
     # 4.302653 (the t table) / sqrt(3)
@@ -1982,16 +1813,16 @@ def untrained(folder):
                         "tokenizer_fingerprint": codes_fingerprint(model)}, folder / f"{file}.pt")
 
 
-def test_paper(tmp_path, monkeypatch, capsys):
-    """Every table and figure in the paper's layout."""
-    untrained(tmp_path / "seed0")
+def test_paper_and_evidence(tmp_path, monkeypatch, said_by):
+    """Every table and figure in the paper's layout. Then a seed's models are scored; its file makes
+    the tables; more seeds decide."""
+    seed, numbers = tmp_path / "seed0", tmp_path / "files" / "paper"
+    untrained(seed)
     untrained(tmp_path / "seed1")
     command = f"--config toy --data shapes --device cpu --out {tmp_path} --images 60 --samples 30"
     monkeypatch.setattr(report, "fd_classifier", functools.partial(report.fd_classifier, steps=2))
     monkeypatch.setattr(paper, "step_ratio", lambda path, device: 0.5)
-    monkeypatch.setattr(sys, "argv", ["extras/paper.py", "paper", *command.split()])
-    paper.main()
-    printed, together = capsys.readouterr().out, (tmp_path / "paper.md").read_text()
+    printed, together = said_by(paper, f"paper {command}"), (tmp_path / "paper.md").read_text()
     for name in paper.NAMES:
         text = (tmp_path / f"{name}.md").read_text()
         assert text in printed and text in together
@@ -2001,38 +1832,11 @@ def test_paper(tmp_path, monkeypatch, capsys):
     score = r"[\d.]+ ± [\d.]+ \(paper "
     assert re.search(rf"NativeTok \|.* 8 \| +{score}2.57\) \| +{score}5.23\) \|", text)
     assert re.search(r"NativeTok minus TiTok .*\| +-2.22 \|", text) and "Seeds: 2" in text
-    numbers = json.loads((tmp_path / "table3a.json").read_text())["numbers"]
-    ours, published = numbers["NativeTok"]["rFD"]
+    scores = json.loads((tmp_path / "table3a.json").read_text())["numbers"]
+    ours, published = scores["NativeTok"]["rFD"]
     assert published == 11.19 and len(ours) == 2 and min(ours) > 0 and ours[0] != ours[1]
     one = run(f"python -m extras.paper table6 --seeds 1 {command}")
     assert one.count("undecided") == 4 and "rFD" not in one
-    (tmp_path / "seed0" / "titok_8.pt").unlink()
-    refused(f"python -m extras.paper table3a {command}", "titok_8.pt", "make table3a")
-
-
-def test_makefile_trains_what_is_missing(tmp_path):
-    """In the right order, and only what the table that is asked for needs."""
-    make = f"make -o .venv/ready MAKE='make -o .venv/ready' PAPER={tmp_path} DATA=shapes -n table3a"
-    plan = run(f"{make} SEEDS=2")
-    assert plan.count("tokenizer.py --config") == 6 and "generator.py" not in plan
-    assert plan.index("vqgan.py") < plan.index("tokenizer.py")
-    (tmp_path / "seed0").mkdir()
-    for file in ("vqgan", "seed0/vqgan", "seed0/titok_8", "seed0/titok_causal_8"):
-        (tmp_path / f"{file}.done").touch()
-    plan = run(f"{make} SEEDS=1")
-    assert plan.count("tokenizer.py --config") == 1 and "--model titok" not in plan
-    plan = run(f"{make} SEEDS=1".replace("table3a", "table1"))
-    assert "--rope 2d --tokenizer " + str(tmp_path / "seed0" / "vqgan.pt") in plan
-    plan = run(f"{make} PAPER_FILES= CONFIG=full".replace("table3a", "table1"))
-    assert plan.count("evaluate.py rfid") == 4 and plan.count("evaluate.py gfid") == 3
-    full = run("make -o .venv/ready table3a CONFIG=full WEIGHTS=none.bin", code=2)
-    assert "none.bin: not found" in full and "python" not in full       # before any training
-
-
-def test_evidence(tmp_path, monkeypatch, capsys):
-    """A seed's models are scored; its file makes the tables; more seeds decide."""
-    seed, numbers = tmp_path / "seed0", tmp_path / "files" / "paper"
-    untrained(seed)
     for name in paper.STUDY.values():
         source = name.split("_16")[0].split("/")[-1].replace("titok_causal", "titok")   # _8.pt
         copies = {f"{name}{stage}": f"{source}_8{stage}" for stage in ("", "_stage2")}
@@ -2045,45 +1849,56 @@ def test_evidence(tmp_path, monkeypatch, capsys):
     for path in (tmp_path / "vqgan.pt", *seed.rglob("*.pt")):
         lines = [f'{{"step": {i}, "loss": 2.5, "l2": 0.01}}\n' for i in range(60)]
         path.with_suffix(".jsonl").write_text("".join(lines))
-    monkeypatch.setattr(report, "fd_classifier", functools.partial(report.fd_classifier, steps=2))
-
-    def command(flags):
-        monkeypatch.setattr(sys, "argv", ["extras/paper.py", *flags.split(), "--config", "toy",
-                                          "--numbers", str(numbers)])
-        paper.main()
-        return capsys.readouterr().out
-
     monkeypatch.setattr(paper, "token_overlap", lambda ar: [0.5] * 4)        # saves seconds
+    shared = f"--config toy --numbers {numbers}"
     with pytest.raises(BadInput, match="no seed0.json"):
-        command("evidence")
-    command(f"seed --data shapes --device cpu --out {tmp_path} --images 60 --samples 30")
+        said_by(paper, f"evidence {shared}")
+    said_by(paper, f"seed {command} --numbers {numbers}")
     made = json.loads((numbers / "seed0.json").read_text())
-    assert command("evidence").count("undecided") == 23 + 4 + 4 + 4     # one seed decides nothing
+    said = said_by(paper, f"evidence {shared}")
+    assert said.count("undecided") == 23 + 4 + 4 + 4        # one seed decides nothing
     assert (tmp_path / "files" / "evidence.png").exists()
     assert len((numbers / "ar700_ar_titok_16.jsonl").read_text().splitlines()) == 16
-    assert re.search(r"\| ar700_ar_titok_16 +\| +59 \| +2.5 .* 20.00 \|", command("normal"))
+    said = said_by(paper, f"normal {shared}")
+    assert re.search(r"\| ar700_ar_titok_16 +\| +59 \| +2.5 .* 20.00 \|", said)
     scores, other = (made["scores"][name] for name in ("nativetok_16", "titok_16"))
     for i, cross_entropy in enumerate((3.1, 3.3, 2.9)):
         scores["cross_entropy"], other["cross_entropy"] = cross_entropy, cross_entropy + 1 + i / 10
         (numbers / f"seed{i}.json").write_text(json.dumps({**made, "seed": i}))
     row = r"cross-entropy of stage 1 +\| +3.10 ± 0.50 \| .* \| +-1.10 ± 0.25 \| +lower \| +holds"
-    assert re.search(row, command("evidence"))
+    assert re.search(row, said_by(paper, f"evidence {shared}"))
     made["settings"]["images"] = 61
     (numbers / "seed2.json").write_text(json.dumps(made))
     with pytest.raises(BadInput, match="settings differ"):
-        command("evidence")
+        said_by(paper, f"evidence {shared}")
+    (tmp_path / "seed0" / "titok_8.pt").unlink()
+    refused(f"python -m extras.paper table3a {command}", "titok_8.pt", "make table3a")
 
 
-def test_make_evidence_leaves_complete_seeds_alone(tmp_path):
-    (tmp_path / "seed0.json").touch()
-    plan = run("make -o .venv/ready MAKE='make -o .venv/ready' DATA=shapes -n evidence SEEDS=2 "
-               f"PAPER={tmp_path}/out NUMBERS={tmp_path}")
+def test_makefile_runs_what_is_missing(tmp_path):
+    """In the right order, and only what the table or the claims that are asked for need."""
+    make = f"make -o .venv/ready MAKE='make -o .venv/ready' PAPER={tmp_path} DATA=shapes -n"
+    plan = run(f"{make} table3a SEEDS=2")
+    assert plan.count("tokenizer.py --config") == 6 and "generator.py" not in plan
+    assert plan.index("vqgan.py") < plan.index("tokenizer.py")
+    (tmp_path / "seed0").mkdir()
+    for file in ("vqgan", "seed0/vqgan", "seed0/titok_8", "seed0/titok_causal_8"):
+        (tmp_path / f"{file}.done").touch()
+    plan = run(f"{make} table3a SEEDS=1")
+    assert plan.count("tokenizer.py --config") == 1 and "--model titok" not in plan
+    assert f"--rope 2d --tokenizer {tmp_path}/seed0/vqgan.pt" in run(f"{make} table1 SEEDS=1")
+    plan = run(f"{make} table1 PAPER_FILES= CONFIG=full")
+    assert plan.count("evaluate.py rfid") == 4 and plan.count("evaluate.py gfid") == 3
+    full = run("make -o .venv/ready table3a CONFIG=full WEIGHTS=none.bin", code=2)
+    assert "none.bin: not found" in full and "python" not in full       # before any training
+    (tmp_path / "seed0.json").touch()           # a complete seed is left alone
+    evidence = f"{make} evidence PAPER={tmp_path}/out NUMBERS={tmp_path}"
+    plan = run(f"{evidence} SEEDS=2")
     assert "seed0" not in plan and plan.count("tokenizer.py --config") == 3 + 3 + 1
     assert plan.count("hnt.py") == 1 and plan.count("generator.py") == 3
     assert plan.index("vqgan.py") < plan.index("tokenizer.py") < plan.index("extras.paper seed")
     assert plan.index("extras.paper seed") < plan.index("extras.paper evidence")
-    plan = run("make -o .venv/ready MAKE='make -o .venv/ready' -n evidence SEEDS=1 "
-               f"NUMBERS={tmp_path}")
+    plan = run(f"{evidence} SEEDS=1")
     assert "train" not in plan and plan.count(".py") == 0
 
 
@@ -2161,7 +1976,6 @@ def test_ddpm_is_exact_on_the_codes():
     """With the exact prediction for codes of variance 1, all 1000 steps keep that variance."""
     def exact(z_t, t, *_):
         return ((1 - d2it.alpha_bar(t, z_t)).sqrt() * z_t,) * 2
-
     exact.config = replace(TINY_D2IT, sampler="ddpm", sampling_steps=1000, guidance_scale=1.0)
     grain_map = torch.tensor([[True, False], [False, True]]).expand(300, 2, 2)
     z = d2it.sample_latents(exact, torch.zeros(300).long(), grain_map, seeded())
@@ -2287,35 +2101,11 @@ def test_grain_model_learns_the_exact_conditional_and_draws_joint_maps():
 @pytest.mark.parametrize("stage", ["dvae", "grain", "content", "content --baseline"])
 def test_d2it_resumes_bit_for_bit(toy, tmp_path, stage):
     name = "dit_2" if "baseline" in stage else f"d2it_{stage}"
-    outs = [folder_without(toy, tmp_path / part, name) for part in ("whole", "parts")]
+    outs = [copy_without(toy, tmp_path / part, name) for part in ("whole", "parts")]
     command = f"python d2it.py --stage {stage} {SMALL} --warmup 1 --resume"
     for out, steps in ((outs[0], 3), (outs[1], 2), (outs[1], 3)):       # at one learning rate
         run(f"{command} --learning_rate 1e-3 --end_learning_rate 1e-3 --steps {steps} --out {out}")
     assert equal(*(load(out / f"{name}.pt") for out in outs))
-
-
-# random draws differ between ranks by design: here all are the same
-SAME_DRAWS = """
-import torch, d2it, trainer
-torch.rand = lambda *shape, **_: torch.full(shape if isinstance(shape[0], int) else shape[0], 0.4)
-torch.randn = lambda *shape, **_: torch.linspace(-1, 1, shape[-1]).expand(shape).contiguous()
-torch.randn_like = lambda x: torch.full_like(x, 0.3)
-torch.randint = lambda *limits, **_: torch.full(limits[-1], 3)
-trainer.launch(d2it.main)
-"""
-
-
-@pytest.mark.parametrize("stage", ["dvae", "grain", "content"])
-def test_d2it_on_two_ranks_is_d2it_on_one(toy, tmp_path, stage):
-    (tmp_path / "same.py").write_text(SAME_DRAWS)
-    outs = [folder_without(toy, tmp_path / part, f"d2it_{stage}") for part in ("one", "two")]
-    for launcher, out in zip(("python {}", TWO), outs):
-        said = run(launcher.format(f"{tmp_path}/same.py --stage {stage} {SMALL} --steps 2 "
-                                   f"--warmup 1 --learning_rate 1e-4 --out {out}"), fresh=True)
-    assert "2 ranks x 4 x 1" in said
-    one, two = (load(out / f"d2it_{stage}.pt")["model"] for out in outs)
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5, msg=key)
 
 
 def test_d2it_samples_and_says_what_is_missing(toy, tmp_path):
@@ -2328,7 +2118,7 @@ def test_d2it_samples_and_says_what_is_missing(toy, tmp_path):
     assert Image.open(tmp_path / "ring.png").size == (8 * 66 - 2, 64)       # image beside map
     refused(f"{command} --classes strr", "strr", "star")
     refused(f"{command} --width 5", "--width: not with --sample")
-    out = folder_without(toy, tmp_path / "out", "d2it_dvae")
+    out = copy_without(toy, tmp_path / "out", "d2it_dvae")
     grain = f"python d2it.py --stage grain {SMALL} --overwrite --out {out}"
     refused(grain, "d2it_dvae.pt: not found", "python d2it.py --stage dvae")
     saved = load(toy / "d2it_dvae.pt")
