@@ -292,7 +292,7 @@ def line_plot(title, x_name, curves, levels=None):
         axes.set_ylim(bottom=0.7 * min(levels.values()))
     axes.set(title=title, xlabel=x_name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return Image.open(file).convert("RGB")
