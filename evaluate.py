@@ -398,12 +398,13 @@ def main():
     args = parser.parse_args()
     args.device = trainer.choose_device(args.device)
     rank, _ = trainer.setup_ranks(args.device)
-    if not args.inception.exists():
-        raise BadInput(f"{args.inception}: not found. Get pytorch-fid's {WEIGHTS.name}, or name it "
-                       f"with --inception FILE")
-    inception = InceptionFID(args.inception).to(args.device)
     real, fakes = open_both(args)
-    copy = None
+    copy = inception = None
+    if any(pictures.count for pictures in (real, *fakes)):      # not statistics alone
+        if not args.inception.exists():
+            raise BadInput(f"{args.inception}: not found. Get pytorch-fid's {WEIGHTS.name}, or "
+                           f"name it with --inception FILE")
+        inception = InceptionFID(args.inception).to(args.device)
     if args.save:
         raw, fake = Path(f"{args.save}.npy"), fakes[0]
         if rank == 0:
@@ -417,8 +418,9 @@ def main():
         if rank:
             continue
         scores = compare(real, fake, x, y)
-        protocol = [f"reference: {real.name}", f"scored: {fake.name}",
-                    f"network: Inception of 2015, weights {inception.fingerprint}, float32"]
+        protocol = [f"reference: {real.name}", f"scored: {fake.name}"]
+        if inception:
+            protocol.append(f"network: Inception of 2015, weights {inception.fingerprint}, float32")
         protocol += [f"warning: {pictures.name}: fewer than FID's 2,048 features"
                      for pictures in (real, fake) if pictures.count < FEATURES
                      and not pictures.statistics]

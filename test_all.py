@@ -1557,7 +1557,8 @@ def test_fid(fid_of, fid_folder):
         shutil.copy2(fid_folder / "a" / file.name, file)
     later, protocol = fid_of("fid @/a @/loose")
     assert later["FID"] == pytest.approx(0, abs=1e-3) and "loose, left out: 1 .heic" in protocol
-    scores, _ = fid_of("fid @/statistics_a.npz @/statistics_b.npz")
+    scores, protocol = fid_of("fid @/statistics_a.npz @/statistics_b.npz")
+    assert "network" not in protocol        # it needs none
     one, two = (np.load(fid_folder / f"statistics_{name}.npz") for name in "ab")
     expected = sum(np.square(one[name] - two[name]).sum() for name in ("mu", "s"))
     assert scores == pytest.approx({"FID": expected})
@@ -1586,7 +1587,7 @@ def test_fid_refuses(fid_of, fid_folder, tmp_path):
     for words, says in (("fid a", "required: B"), ("rfid x.pt --size 5", "unrecognized"),
                         ("fid a b --images 5", "unrecognized arguments: --images 5"),
                         ("gfid x.pt --reference a --images 5", "not allowed with"),
-                        (f"fid a b --inception {tmp_path}/none.pth", "Get pytorch-fid's pt_")):
+                        (f"fid {fid_folder}/a {fid_folder}/b --inception none.pth", "Get pytorch")):
         refused(f"python evaluate.py {words}", says)
 
 
