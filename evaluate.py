@@ -139,7 +139,7 @@ class InceptionFID(nn.Module):
                 value = value.contiguous(memory_format=torch.channels_last)     # faster
             if value.ndim > 0:              # without counters
                 self.register_buffer(name.replace(".", "/"), value.float())     # no "." allowed
-        if sum(value.numel() for value in self.buffers()) != 23_885_392:        # torchvision's differ
+        if sum(value.numel() for value in self.buffers()) != 23_885_392:      # torchvision's differ
             raise BadInput("--inception: not pytorch-fid's weights of the Inception of 2015")
         self.fingerprint = trainer.fingerprint(self)
 
