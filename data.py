@@ -193,14 +193,15 @@ class Folder(Images):
             except Exception as error:      # Pillow raises a dozen kinds
                 if not (self.draft or rng):
                     raise BadInput(f"{file}: cannot be read, so not scored ({first_line(error)}). "
-                                   f"Remove it, or put it right") from error
+                                   f"Remove or replace it") from error
                 say(f"{file}: cannot be read, left out ({first_line(error)})")
         raise BadInput(f"{file}: cannot be read, nor any other of its class")
 
 
 def list_images(folder, by_class=True):
     """([(class, relative name, size, time of change in ns)], sorted; what is left out, in words).
-    by_class: without images beside the folders of classes; if all are, their class is `images`.
+    by_class: images beside the folders of classes are left out; without such folders the class of
+    all is `images`.
     Hidden files and folders are never listed."""
     found, left_out, visited = [], Counter(), set()
     ends = tuple(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
@@ -219,7 +220,7 @@ def list_images(folder, by_class=True):
                 file = f"{inside}/{name}".removeprefix("./")
                 found.append((inside.split("/")[0], file, stat.st_size, stat.st_mtime_ns))
             elif name[0] != ".":
-                left_out[Path(name).suffix.lower() or "without an ending"] += 1
+                left_out[Path(name).suffix.lower() or "without extension"] += 1
     files = [file for file in found if file[0] != "." or not by_class]
     if empty := sorted(empty - {name for name, *_ in found}):
         left_out[f"folders without images ({', '.join(empty)[:100]})"] = len(empty)
@@ -232,8 +233,8 @@ def list_images(folder, by_class=True):
 
 def decode_image(path, image_size, draft=False):
     """The first frame as an RGB PIL image, turned as EXIF says, transparent on white. draft: a
-    large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, at least twice image_size (which is for
-    this alone): faster, but not quite the same pixels, so not for scores."""
+    large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, at least twice image_size (used only for
+    this): faster, but not quite the same pixels, so not for scores."""
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         stored = image.tile[0][3] if image.format in ("PNG", "TIFF") else ""
@@ -307,13 +308,14 @@ def row_order(n, batch_size, seed, step=0, rank=0, world=1, accumulate=1):
             yield epochs[0] + places // n, order[places]
 
 
-def ignore_signals(worker):     # the first process saves
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_signals(worker):     # the main process saves and then ends its workers
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):       # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def read(dataset, rows, workers):
-    # rows: whole batches, in place of single indices; the generator: not to draw from the run's
+    # rows: whole batches, not single indices; its own generator leaves the run's random state alone
     return iter(DataLoader(dataset, sampler=rows, batch_size=None, generator=torch.Generator(),
                            num_workers=0 if dataset.in_memory else workers,
                            worker_init_fn=ignore_signals))
@@ -372,8 +374,9 @@ def main():
     parser.add_argument("--note", metavar="FILE", help="write the data set's name to FILE")
     args = parser.parse_args()
     train, val = (open_dataset(args.data, split, args.image_size) for split in ("train", "val"))
-    print(f"{train.name}{train.note}: {len(train):,} train and {len(val):,} val images, "
-          f"{len(train.classes)} classes: {', '.join(train.classes[:12])}")
+    for part in (train, val):
+        print(f"{part.split}: {len(part):,} images of {part.name}{part.note}")
+    print(f"{len(train.classes)} classes: {', '.join(train.classes[:12])}")
     if args.note:
         write_text(args.note, train.name)
 

@@ -5,8 +5,9 @@
     python evaluate.py gfid GENERATOR --reference PATH  # of 50,000 samples
     torchrun --nproc_per_node=4 evaluate.py gfid ...    # the ranks share the pictures
 
-FID as pytorch-fid, but with TensorFlow's resize; Inception Score (also as ADM), KID, precision and
-recall as torch-fidelity. The protocol is printed with the scores; docs/fid.md explains it.
+FID as pytorch-fid, but with TensorFlow's resize and scale; Inception Score and KID as
+torch-fidelity; precision and recall, and the Inception Score once more, as ADM. The protocol is
+printed with the scores; docs/fid.md explains it.
 
 Letters: B batch, H W pixels, n images of a set, F features of the network, L tokens, K codes in a
 codebook. Images are float32 [B, 3, H, W] in [0, 1], pictures the same in bytes.
@@ -123,14 +124,14 @@ def tf_resize(images, size=299):
     return x
 
 
-average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)     # torchvision: zeros count
+average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)     # torchvision counts the padding
 maximum = nn.MaxPool2d(3, 1, 1)
 halve = nn.MaxPool2d(3, 2)
 
 
 class InceptionFID(nn.Module):
     """The Inception-v3 of 2015-12-05 as functions of its weights, from pytorch-fid's file or state
-    dict: theirs are the names and sizes.
+    dict, which has the names and sizes.
     Pictures uint8 [B, 3, H, W] of any size -> (pool [B, 2048], logits [B, 1008] without bias)."""
     def __init__(self, path_or_state_dict):
         super().__init__()
@@ -180,8 +181,8 @@ class InceptionFID(nn.Module):
         x = self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", padding=0)
         x = halve(x)                                                        # [B, 192, 35, 35]
         for letter in "bcd":
-            x = self.mixed(x, f"Mixed_5{letter}", branch5x5=2, branch3x3dbl=3)  # [B, 288, 35, 35]
-        x = torch.cat([self.conv(x, "Mixed_6a.branch3x3", **half),
+            x = self.mixed(x, f"Mixed_5{letter}", branch5x5=2, branch3x3dbl=3)
+        x = torch.cat([self.conv(x, "Mixed_6a.branch3x3", **half),          # [B, 288, 35, 35]
                        self.chain(x, "Mixed_6a.branch3x3dbl", 3, **half), halve(x)], 1)
         for letter in "bcde":
             x = self.mixed(x, f"Mixed_6{letter}", branch7x7=3, branch7x7dbl=5)  # [B, 768, 17, 17]
@@ -194,7 +195,7 @@ class InceptionFID(nn.Module):
         x = (tf_resize(images) - 128) / 128                                 # [B, 3, 299, 299]
         x = x.contiguous(memory_format=torch.channels_last)
         weight = self.get("fc.weight")                                      # [1008, 2048]
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # 10 bits of mantissa
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # it rounds to 10 bits
             pool = self.features(x).mean((2, 3), keepdim=True)              # [B, 2048, 1, 1]
             logits = F.conv2d(pool, weight[:, :, None, None])               # linear may use TF32
         return pool.flatten(1), logits.flatten(1)
@@ -325,8 +326,8 @@ def features_of(pictures, inception, device, copy=None):
 
 
 def compare(real, fake, x, y):
-    """{score: value} of two Pictures and their features, as far as they go. FID takes ready-made
-    statistics where there are some."""
+    """{score: value} of two Pictures and their features; without features FID alone. It takes
+    ready-made statistics where there are some."""
     gaussians = [pictures.statistics or feature_statistics(features["pool"])
                  for pictures, features in ((real, x), (fake, y))]
     scores = {"FID": frechet_distance(*gaussians[0], *gaussians[1])}

@@ -86,7 +86,8 @@ def guide(logits, scale):
 def rotary(config, length, device):
     """Cosine and sine of each position's rotation of each pair of channels: [2, T, D/h/2]. 2d: half
     of the pairs turn by the code's row in the grid, half by its column. The class token, in front,
-    has 0 for both, which makes its query and key 0, as LlamaGen was trained."""
+    has 0 for both, which makes its query and key 0, as LlamaGen was trained. T = L: the last code
+    is not read."""
     position, grid = torch.arange(length - 1, device=device), math.isqrt(length)
     parts = [position] if config.rope == "1d" else [position // grid, position % grid]
     pairs = config.width // config.heads // 2 // len(parts)
@@ -201,7 +202,7 @@ class ARGenerator(nn.Module):
 # ---- MaskGIT (arXiv 2202.04200) with a U-ViT (arXiv 2209.12152), as TiTok; its weights' names
 
 class UViTBlock(nn.Module):
-    """Those after the middle first take in their mirror block's output (skip)."""
+    """Blocks after the middle first take in the output of their mirror block (skip)."""
     def __init__(self, config, skip=False):
         super().__init__()
         width, self.heads = config.width, config.heads
@@ -279,6 +280,7 @@ class MaskGITGenerator(nn.Module):
             noise_temperature = temperature * remaining
             guess = sample(logits, noise_temperature, generator)  # [B, L]
             logit = logits.gather(-1, guess[..., None])[..., 0]   # [B, L]
+            # as TiTok: of the logit, not the probability
             confidence = logit + noise_temperature * gumbel(logit, generator)
             masked = codes == self.mask
             codes = torch.where(masked, guess, codes)
@@ -298,8 +300,7 @@ def mask_counts(tokens, steps):
     """How many codes are masked after each step: arccos schedule, each time at least one fewer."""
     counts = [tokens]
     for t in range(1, steps):
-        count = int(tokens * math.acos(t / steps) * 2 / math.pi)
-        counts.append(max(1, min(counts[-1] - 1, count)))
+        counts.append(min(counts[-1] - 1, int(tokens * math.acos(t / steps) * 2 / math.pi)))
     return counts[1:] + [0]
 
 
@@ -322,7 +323,7 @@ def maskgit_loss(model, config, codes, labels):
     count = (share * codes.shape[1]).round().clamp(min=1)  # [B, 1]
     masked = torch.rand(codes.shape, device=codes.device).argsort(dim=1) < count  # [B, L]
     logits = model(codes.masked_fill(masked, config.codebook_size), labels, drop_label).float()
-    # flat: for [B, K, L] CUDA has no form that sums in a fixed order
+    # flat: for [B, K, L] it is not deterministic with CUDA
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none",
                            label_smoothing=config.label_smoothing).view_as(codes)  # [B, L]
     weight = torch.where(masked, 1.0, config.unmasked_weight)  # [B, L]
@@ -342,8 +343,8 @@ TOY = GeneratorConfig(tokens=16, codebook_size=512, num_classes=10, width=128, l
                       dropout=0.0, views=1, guidance_scale=1.5)
 PRESETS = {
     "ar_toy": TOY,
-    "ar_small": GeneratorConfig(),
-    "ar_full": GeneratorConfig(),  # LlamaGen-B
+    "ar_small": GeneratorConfig(),  # LlamaGen-B
+    "ar_full": GeneratorConfig(),
     "llamagen_l": GeneratorConfig(width=1024, layers=24, heads=16),
     "maskgit_toy": replace(TOY, mode="maskgit", sampling_steps=10,
                            temperature=2.5),  # at 1, samples repeat
@@ -373,7 +374,7 @@ TRAINING = {
 # ---- The code cache: the codes of all images, extracted once, in <out>/codes_<tokenizer>
 
 def open_tokenizer(path, device="cpu"):
-    """A NativeTok, a TiTok or a VQGAN; its .path is path."""
+    """A trained NativeTok, TiTok or VQGAN, frozen and in eval mode; its .path is path."""
     checkpoint = trainer.load_checkpoint(path, ("vqgan", "tokenizer"), "python tokenizer.py")
     load = load_vqgan if checkpoint["stage"] == "vqgan" else load_tokenizer
     tokenizer = load(path, device)
@@ -382,12 +383,12 @@ def open_tokenizer(path, device="cpu"):
 
 
 def codes_name(tokenizer_path):
-    """Of file names. Stage 2 changes how codes decode, not the codes."""
+    """The tokenizer in file names. Stage 2 changes how codes decode, not the codes."""
     return Path(tokenizer_path).stem.removesuffix("_stage2")
 
 
 def codes_fingerprint(tokenizer):
-    """Of the weights that decide the codes, so not of the decoder's."""
+    """A hash of the weights that decide the codes; the decoder's do not."""
     leave_out = "decoder.", "pixel_", "quantizer.usage", "quantize.usage"
     return trainer.fingerprint(tokenizer, leave_out)
 
@@ -414,7 +415,7 @@ def extract_codes(run, tokenizer, fingerprint, dataset, folder):
     else:
         run.say(f"{folder}: codes of {n:,} images")
         rows, codes = np.array_split(np.arange(n), run.world)[run.rank], []
-        for images, _ in data.all_images(dataset, 64, rows, run.training.workers):
+        for images, _ in data.all_images(dataset, 64, rows, run.training.workers):  # [64, 3, S, S]
             crops = views_of(images.to(run.device), views, tokenizer.config.image_size)
             codes.append(torch.stack([tokenizer.encode(crop) for crop in crops]).cpu())
         codes = torch.cat(codes, dim=1).numpy()  # [views, rows, L]
@@ -432,7 +433,7 @@ def code_batches(codes, labels, batch_size, seed, step=0, rank=0, world=1, accum
     """As data.batches, for codes [views, n, L]: endless (codes int64 [b, L], labels int64 [b]). An
     image's views take turns by epoch."""
     order = data.row_order(len(labels), batch_size, seed, step, rank, world, accumulate)
-    for epochs, rows in order:
+    for epochs, rows in order:  # [b] each: which epoch, which image
         batch = codes[(epochs + rows) % len(codes), rows].astype(np.int64)
         yield torch.from_numpy(batch), torch.from_numpy(labels[rows])
 
@@ -459,7 +460,7 @@ def train(args, config, tokenizer_path):
         trainer.compile_methods(LlamaBlock if config.mode == "ar" else UViTBlock, "forward")
     model = GENERATORS[config.mode](config).to(run.device)
     parallel, loss_function = run.parallel(model), LOSSES[config.mode]
-    no_decay = trainer.NO_DECAY if config.mode == "maskgit" else ()     # LlamaGen's tables decay
+    no_decay = trainer.NO_DECAY if config.mode == "maskgit" else ()  # LlamaGen decays tables, too
     optimizer = trainer.adamw(model, training, no_decay=no_decay)
     ema = trainer.Ema(model, training.ema)
     all_codes = extract_codes(run, tokenizer, fingerprint, dataset, args.out / f"codes_{name}")
@@ -500,7 +501,7 @@ def load_generator(path, device="cpu"):
 
 def load_pair(path, tokenizer_path=None, device="cpu"):
     """(generator, tokenizer); by default the one it was trained on, in the same folder, after stage
-    2 if it is there. Raises BadInput if its codes are others."""
+    2 if it is there. Raises BadInput if it was trained on other codes."""
     generator = load_generator(path, device)
     beside = Path(path).with_name(Path(generator.tokenizer_path).name)
     stage2 = beside.with_name(f"{codes_name(beside)}_stage2.pt")

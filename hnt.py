@@ -14,8 +14,8 @@ the bit. Growing is surgery on the state dict (`grow`): MIT and experts 0 .. 7 a
     for the last 10 %       everything trains
 
 MIT and old experts, frozen and with inputs that need no gradient, build no graph, so a frozen step
-is cheaper (the paper: 1.15 s instead of 1.53 s). --strategy (Table 3b): full is random weights and
-everything trains, the comparison; reuse stays frozen to the end; reuse+finetune is the above.
+is cheaper (the paper: 1.15 s instead of 1.53 s). --strategy (Table 3b): reuse+finetune is the
+above; reuse stays frozen to the end; full, the comparison, trains everything from random weights.
 
 Letters as in tokenizer.py: B batch, H W pixels, G side of the VQGAN's grid, D width of the decoder.
 """
@@ -57,7 +57,7 @@ def grow(state_dict, old_tokens, new_tokens):
 
 def freeze_reused(model, reused_tokens):
     """Freeze what decides the first reused_tokens codes. The new experts and the token decoder are
-    left to train: 56 % of NativeTok-64's parameters, 55 % of NativeTok-128's."""
+    left to train: 56 % of NativeTok-64's parameters, the VQGAN's not counted, 55 % of 128's."""
     for part in (model.mit, *model.mocet.experts[:reused_tokens], model.to_code, model.quantizer):
         part.requires_grad_(False)
     model.mocet.pad_token.requires_grad_(False)
@@ -87,7 +87,8 @@ def train(args):
     frozen_steps = int(FROZEN_SHARE[args.strategy] * training.steps)
     suffix = "" if args.strategy == "reuse+finetune" else f"_{args.strategy}"
     grown = grow(source.state_dict(), reused, tokens)
-    train_set, originals = vqgan.open_images(args, config.image_size)
+    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
+    val_set = data.open_dataset(args.data, "val", config.image_size, draft=True)  # for previews
     run = trainer.Run(args, "tokenizer", f"nativetok_{tokens}{suffix}", config, training, train_set,
                       reused=reused, frozen_steps=frozen_steps, vqgan=trainer.fingerprint(teacher),
                       source=trainer.fingerprint(source))
@@ -128,7 +129,7 @@ def train(args):
         model.quantizer.update_usage()  # without revival, which would change the old tokens
         ema.update(model)
         run.log(step, grad_norm=grad_norm, frozen=float(frozen), **model.quantizer.stats())
-        vqgan.preview_if_due(run, step, ema.model, originals)
+        vqgan.preview_if_due(run, step, ema.model, val_set)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 

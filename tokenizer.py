@@ -9,21 +9,24 @@
 The idea. A transformer, the Meta Image Transformer (MIT), reads the image once. Its result X_latent
 is shared: all experts read the same one, and their gradients train MIT. Then L small
 transformers, the experts (MoCET), write one token each, in order: expert i sees X_latent and the
-tokens z_0 .. z_{i-1}, and writes z_i. So token i cannot depend on a later one, and what a generator
-has to learn, p(z_i | z_0 .. z_{i-1}), is how the tokens were made.
+tokens z_0 .. z_{i-1}, and writes z_i. So token i cannot depend on a later one, and a generator that
+predicts z_i from z_0 .. z_{i-1} follows the order in which the tokens were made.
 
     image -> MIT -> X_latent -> experts -> z [L, d] -> to_code [L, c] -> quantizer -> codes [L]
-    codes -> code vectors [L, c] -> token decoder -> a VQGAN code per cell -> VQGAN decoder -> image
+    codes -> code vectors [L, c] -> token decoder -> logits over the VQGAN's codes, per cell
+          -> softmax-weighted VQGAN vectors -> VQGAN decoder -> image
 
 What trains. Stage 1: MIT, experts, to_code, quantizer and token decoder, by cross-entropy against
 the codes that the frozen VQGAN (vqgan.py) gives the image, plus the quantizer's own loss. Stage 2:
-the token decoder and copies of the VQGAN's codebook and decoder, on the pixels, with a
-discriminator. All that decides the codes is frozen there, so generators trained on them stay valid.
+the token decoder and copies of the VQGAN's codebook and decoder, on the pixels, with a perceptual
+network and a discriminator. All that decides the codes is frozen there, so generators trained on
+them stay valid.
 
 Letters: B batch, H W pixels, N patches, L tokens, D width of MIT and decoder, d width of an expert,
 c length of a code vector, K codes, G side of the VQGAN's grid, V codes of the VQGAN, C entries of
 their vectors, h heads, T length of a sequence (T_i in an equation is expert i). Images are float32
-[B, 3, H, W] in [0, 1]. Sections, equations and tables are the paper's.
+[B, 3, H, W] in [0, 1]. Sections, equations and tables are those of the paper, "NativeTok: Native
+Visual Tokenization for Improved Image Generation".
 """
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -342,7 +345,7 @@ def load_tokenizer(path, device="cpu", make="python tokenizer.py"):
     has been through stage 2. Raises BadInput, with the command `make`, where there is none."""
     saved = trainer.load_checkpoint(path, "tokenizer", make)
     model = trainer.load_model(build, TokenizerConfig, saved, path)
-    model.fine_tuned = "losses" in saved["settings"]
+    model.fine_tuned = "losses" in saved["settings"]  # which stage 2 alone has
     return model.to(device)
 
 
@@ -419,7 +422,8 @@ def train_stage1(args, config):
     training = trainer.override(training, args)
     teacher = vqgan.load_vqgan(args.out / "vqgan.pt", args.device)  # frozen
     config = replace(config, vqgan=teacher.config)
-    train_set, originals = vqgan.open_images(args, config.image_size)
+    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
+    val_set = data.open_dataset(args.data, "val", config.image_size, draft=True)  # for previews
     run = trainer.Run(args, "tokenizer", f"{config.model}_{config.tokens}", config, training,
                       train_set, vqgan=trainer.fingerprint(teacher))
 
@@ -450,7 +454,7 @@ def train_stage1(args, config):
         model.quantizer.update_usage(revive_below)
         ema.update(model)
         run.log(step, grad_norm=grad_norm, **model.quantizer.stats())
-        vqgan.preview_if_due(run, step, ema.model, originals)
+        vqgan.preview_if_due(run, step, ema.model, val_set)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 
@@ -502,17 +506,25 @@ class Stage2Loss(nn.Module):
 
 
 class DiscriminatorLoss(nn.Module):
-    """Hinge loss with LeCam regularization, on images and on their reconstructions."""
-    def __init__(self, discriminator, lecam_weight):
+    """Hinge loss on images and their reconstructions, and LeCam regularization: the mean logits of
+    real and fake stay near each other's running means (2104.03310)."""
+    def __init__(self, discriminator, lecam_weight, decay=0.999):
         super().__init__()
-        self.discriminator, self.lecam_weight = discriminator, lecam_weight
-        self.lecam = vqgan.LeCam()
+        self.discriminator, self.lecam_weight, self.decay = discriminator, lecam_weight, decay
+        self.register_buffer("real_mean", torch.zeros(()))
+        self.register_buffer("fake_mean", torch.zeros(()))
 
     def forward(self, images, reconstruction):
         """Both [B, 3, H, W] -> scalar. The discriminator gives one logit per region."""
         logits = self.discriminator(torch.cat([images, reconstruction]))  # [2B, regions]
         real, fake = logits.chunk(2)
-        return vqgan.hinge_loss(real, fake) + self.lecam_weight * self.lecam(real, fake)
+        hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        real, fake = real.mean(), fake.mean()
+        lecam = F.relu(real - self.fake_mean).square() + F.relu(self.real_mean - fake).square()
+        with torch.no_grad():
+            self.real_mean.lerp_(real, 1 - self.decay)
+            self.fake_mean.lerp_(fake, 1 - self.decay)
+        return hinge + self.lecam_weight * lecam
 
 
 def train_stage2(args):
@@ -524,33 +536,34 @@ def train_stage2(args):
     if model.fine_tuned:
         raise BadInput(f"{source}: has been through stage 2 already. Start from the stage 1 file")
     config, training = model.config, trainer.override(TRAINING[args.config, 2], args)
-    weights = trainer.override(STAGE2[args.config], args)
-    if weights.discriminator == "features" and weights.perceptual != "small":
+    losses = trainer.override(STAGE2[args.config], args)
+    if losses.discriminator == "features" and losses.perceptual != "small":
         raise BadInput("--discriminator features: needs --perceptual small. Or give patch")
-    train_set, originals = vqgan.open_images(args, config.image_size)
-    run = trainer.Run(args, "tokenizer", f"{config.model}_{config.tokens}_stage2", config, training,
-                      train_set, losses=asdict(weights), source=trainer.fingerprint(model))
-    perceptual = vqgan.perceptual_network(weights.perceptual, train_set, args.out, args.convnext,
+    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
+    val_set = data.open_dataset(args.data, "val", config.image_size, draft=True)  # for previews
+    run = trainer.Run(args, "tokenizer", f"{Path(source).stem}_stage2", config, training, train_set,
+                      losses=asdict(losses), source=trainer.fingerprint(model))
+    perceptual = vqgan.perceptual_network(losses.perceptual, train_set, args.out, args.convnext,
                                           run.device)
 
     prepare(model, training)
     model = model.to(run.device, memory_format=torch.channels_last)  # faster convolutions
     for p in model.decoder.head[-1].parameters():  # on --resume, run.start overwrites this
-        p.data *= weights.sharpen
+        p.data *= losses.sharpen
     # what trains, beside the discriminator; all else came frozen from load_tokenizer
     for part in (model.decoder, model.pixel_codebook, model.pixel_decoder):
         part.requires_grad_(True)
     decoder_parameters = [p for p in model.parameters() if p.requires_grad]
-    if weights.discriminator == "patch":
+    if losses.discriminator == "patch":
         discriminator = vqgan.Discriminator(grid=min(16, config.image_size // 8))
         relative_rate, betas = 1.0, (0.9, 0.999)  # as TiTok
     else:
         discriminator = vqgan.FeatureDiscriminator(perceptual)
         relative_rate, betas = 5.0, (0.5, 0.99)
-    adversary = DiscriminatorLoss(discriminator, weights.lecam_weight)
+    adversary = DiscriminatorLoss(discriminator, losses.lecam_weight)
     adversary = adversary.to(run.device, memory_format=torch.channels_last)
-    gan_training = replace(training, steps=training.steps - weights.gan_start)
-    loss_fn = run.parallel(Stage2Loss(model, perceptual, weights))
+    gan_training = replace(training, steps=training.steps - losses.gan_start)
+    loss_fn = run.parallel(Stage2Loss(model, perceptual, losses))
     discriminator_loss_fn = run.parallel(adversary)
     optimizer = trainer.adamw(model, training)
     discriminator_optimizer = trainer.adamw(discriminator, training, betas)
@@ -561,11 +574,11 @@ def train_stage2(args):
     batches = data.batches(train_set, *run.order, training.workers)
 
     for step in range(run.step, training.steps):
-        adversarial = step >= weights.gan_start and weights.gan_weight > 0
-        decoders_wait = adversarial and step < weights.gan_start + weights.discriminator_first
+        adversarial = step >= losses.gan_start and losses.gan_weight > 0
+        decoders_wait = adversarial and step < losses.gan_start + losses.discriminator_first
         # a rate of 0, not a skipped step: AdamW's averages are ready when the decoders start
         trainer.set_lr(optimizer, 0.0 if decoders_wait else trainer.cosine(step, training))
-        gan_step = max(0, step - weights.gan_start)  # its own warm-up and cosine begin there
+        gan_step = max(0, step - losses.gan_start)  # its own warm-up and cosine begin there
         trainer.set_lr(discriminator_optimizer,
                        relative_rate * trainer.cosine(gan_step, gan_training))
         optimizer.zero_grad()
@@ -587,7 +600,7 @@ def train_stage2(args):
             discriminator_optimizer.step()
         ema.update(model)
         run.log(step, grad_norm=grad_norm)
-        vqgan.preview_if_due(run, step, ema.model, originals)
+        vqgan.preview_if_due(run, step, ema.model, val_set)
         run.save_if_due(step, **saved)
 
 

@@ -1,4 +1,4 @@
-"""What all stages share and is not the method: flags, checkpoints, ranks, the log.
+"""What all stages share beside the method: flags, checkpoints, ranks, the log.
 
 A resumed run equals an uninterrupted one, bit for bit on a CPU: the order of images is a function
 of (seed, step), the learning rate one of the step, and the random state is saved with the weights.
@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -35,16 +36,24 @@ def launch(main):
     """Run main(). BadInput ends in one line and exit code 2, Ctrl-C in one line and code 130."""
     try:
         main()
-    except (BadInput, KeyboardInterrupt) as error:
-        print(f"{sys.argv[0]}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, BadInput) else 130)     # waits for no other rank
+    except SystemExit:
+        raise
+    except BaseException as error:
+        code = {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        if code == 1:
+            traceback.print_exc()
+        else:       # of a worker's error, whose text holds a traceback, the last line
+            line = (str(error).strip() or "interrupted").splitlines()[-1]
+            print(f"{sys.argv[0]}: {line.removeprefix('trainer.BadInput: ')}", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(code)      # waits for no other rank, and for no worker, which would not end
     if dist.is_initialized():
         patient_group.cache_clear()     # else its threads would outlive it, and may abort at exit
         dist.destroy_process_group()
 
 
-# ---- Settings: a field of a dataclass is a flag, and the comment beside it is the flag's help. One
-# that is "read off" something is no flag
+# ---- Settings: each field of a dataclass is a flag, and the comment beside it is the flag's help,
+# unless it says that the field is "read off" something: then it is not a flag
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -52,7 +61,7 @@ class TrainConfig:
     steps: int = 500_000                # optimizer steps
     batch_size: int = 256               # images per step, over all ranks
     micro_batch: int = 64               # most images on one GPU at once; the rest is accumulated
-    learning_rate: float = 1e-4         # AdamW: the highest
+    learning_rate: float = 1e-4         # AdamW: after the warm-up
     end_learning_rate: float = 1e-5     # AdamW: at the last step of the cosine
     warmup: int = 5_000                 # steps of linear warm-up
     beta1: float = 0.9                  # AdamW: momentum
@@ -62,7 +71,7 @@ class TrainConfig:
     ema: float = 0.999                  # decay of the averaged weights, used by all later stages
     bf16: bool = True                   # bfloat16 autocast on CUDA
     compile: bool = False               # torch.compile the transformer blocks
-    recompute: bool = False             # run experts again in backward; on by itself for L > 64
+    recompute: bool = False             # run experts again in backward; default above 64 tokens
     workers: int = 8                    # processes that decode images, per rank
     log_every: int = 100                # steps between two lines of the log
     save_every: int = 5_000             # steps between two checkpoints
@@ -77,19 +86,20 @@ def make_parser(description, **kwargs):
 
 
 def command_line(description, *config_classes, **kwargs):
-    """A parser with the flags of all stages, and one for each field of the given dataclasses."""
+    """A parser with the flags that stages share, and one for each field of these dataclasses."""
     parser = make_parser(description, **kwargs)
     add = parser.add_argument
     add("--config", choices=("toy", "small", "full"), metavar="NAME",
         help="toy, small or full; default: full with CUDA, else toy")
     add("--data", help="shapes, fashion, auto or a folder; default: toy auto, else data/imagenet")
     add("--out", help="folder for results; default: out/<config>")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--resume", action="store_true", help="continue from the checkpoint if there is one")
-    either("--overwrite", action="store_true", help="start again and replace the old results")
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or mps; default: cuda if present, else cpu")
-    add("--tensorboard", action="store_true", help="log for tensorboard, too")
+    if config_classes:      # something is trained
+        either = parser.add_mutually_exclusive_group().add_argument
+        either("--resume", action="store_true", help="continue from the checkpoint if there is one")
+        either("--overwrite", action="store_true", help="start again and replace the old results")
+        add("--tensorboard", action="store_true", help="log for tensorboard, too")
     for cls in config_classes:
         add_fields(parser.add_argument_group(f"{cls.__name__}, defaults by --config"), cls)
     return parser
@@ -131,8 +141,8 @@ def refuse(args, names, why):
 def parse(parser):
     """Parse the flags and fill in --config, --data, --out and --device."""
     args = parser.parse_args()
-    if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        raise BadInput("--overwrite: a restart would delete what is saved. Give --resume")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        refuse(args, ["overwrite"], "a restart would delete what is saved. Give --resume")
     default = ("full", "CUDA is present") if torch.cuda.is_available() else ("toy", "no CUDA here")
     args.config, args.why = (args.config, "asked for") if args.config else default
     args.data = args.data or ("auto" if args.config == "toy" else "data/imagenet")
@@ -152,8 +162,8 @@ def choose_device(asked=None):
     torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it plans once per length: L experts
-    if "PYTORCH_ALLOC_CONF" not in os.environ:      # fewer unusable pieces of memory
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it plans for each length: MoCET has L
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():   # the user's own
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return device
 
@@ -195,7 +205,7 @@ def lock(path, wait=False):
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except ImportError:     # Windows: two runs in one folder are not kept apart
         pass
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise BadInput(f"{path.parent}: another run writes there. Choose another --out") from None
     return file
 
@@ -339,7 +349,7 @@ def setup_ranks(device):
 
 def to_device(x, device):
     """A tensor of a batch on the device; images move as bytes and become float32 in [0, 1]."""
-    x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    x = x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
@@ -388,7 +398,7 @@ class Run:
         self.lock = self.main and lock(args.out / f".{name}.lock")
         self.checkpoint = self._existing_results(MAY_DIFFER | set(may_differ))
         self.order = (training.batch_size, args.seed, self.step, self.rank, self.world,
-                      self.accumulate)      # for data.row_order
+                      self.accumulate)      # for data.row_order: which images each step reads
         if args.config == "toy" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)    # docs/results.md: threads that wait slow all others
         facts = [asdict(config), asdict(training), self.settings, self.step]
@@ -397,7 +407,8 @@ class Run:
         torch.manual_seed(args.seed)    # the same on all ranks while the model is made
         if args.tensorboard and self.main:
             from torch.utils.tensorboard import SummaryWriter       # pip install tensorboard
-            self.board = SummaryWriter(args.out / "tensorboard" / name)
+            self.board = SummaryWriter(args.out / "tensorboard" / name, purge_step=self.step + 1,
+                                       flush_secs=1)
         state = f"resumed at step {self.step} of" if self.step else "new run of"
         self.say(f"config {args.config} ({args.why}), {self.path}: {state} {training.steps} steps")
         self.say(f"data {dataset.name}: {len(dataset):,} images, {len(dataset.classes)} classes"
@@ -450,7 +461,7 @@ class Run:
         elif self.main:
             self.path.unlink(missing_ok=True)       # --overwrite
         self.checkpoint = None
-        # lines beyond the checkpoint come again
+        # steps beyond the checkpoint are taken again, and logged again
         kept = [line for line in read_log(self.log_path) if line["step"] <= self.step]
         if self.main:
             write_text(self.log_path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -542,7 +553,9 @@ class Run:
             print(line, flush=True)
 
     def _ask_to_stop(self, number, frame):
-        # torchrun passes on a Ctrl-C that its ranks have got already: a second counts after 2 s
+        if self.main and not self.stop_asked:
+            os.write(2, b"saves at the end of the step; another Ctrl-C, after 2 s, does not save\n")
+        # torchrun passes on a Ctrl-C that its ranks have got already: hence the 2 s
         if self.stop_asked and time.monotonic() > self.stop_asked + 2:
             raise KeyboardInterrupt(f"left at once; the last checkpoint is {self.path}")
         self.stop_asked = self.stop_asked or time.monotonic()

@@ -3,12 +3,12 @@
     python vqgan.py     # train (toy: a minute on two CPU cores)
 
 Stage 1 (tokenizer.py) predicts this network's codes; stage 2 fine-tunes a copy of its decoder. The
-network is MaskGIT-VQGAN's, whose public weights the paper builds on; the toy is smaller, compares
-codes by direction and revives dead ones.
+network is MaskGIT-VQGAN's, whose public weights the paper builds on. The toy is smaller, compares
+codes by direction, revives dead ones, and is trained here, without a discriminator.
 
 Letters: B batch, H W pixels, G side of the code grid, L = G*G codes of an image in raster order,
-K codes in the codebook, c length of a code vector, C channels (tokenizer.py calls this K and c V
-and C). Images: float32 [B, 3, H, W] in [0, 1].
+K codes in the codebook, c length of a code vector, C channels (in tokenizer.py this K is V, and
+this c is C). Images: float32 [B, 3, H, W] in [0, 1].
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ class VQGANConfig:
     res_blocks: int = 2             # residual blocks at each resolution
     code_dim: int = 256             # c
     codebook_size: int = 1024       # K
-    l2_norm: bool = False           # compare vectors by direction only
+    l2_norm: bool = False           # scale code vectors to length 1
     norm_groups: int = 32
     perceptual: Literal["small", "convnext", "none"] = "none"   # network of the perceptual loss
     perceptual_weight: float = 0.1  # beside 1 for L2
@@ -138,7 +138,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.l2_norm, self.commitment = l2_norm, commitment
         self.embedding = nn.Embedding(codebook_size, code_dim)
-        if unit_rows:   # the toy's: of length about 1, as the vectors that revived codes copy
+        if unit_rows:   # the toy's: length about 1, as of the vectors that revived codes become
             nn.init.normal_(self.embedding.weight, std=code_dim ** -0.5)
         else:           # TiTok's: a step turns short rows far, and with l2_norm only angles count
             nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
@@ -164,7 +164,7 @@ class VectorQuantizer(nn.Module):
         return self.normalize(self.embedding(codes))    # [..., c]
 
     def forward(self, z):
-        """z [..., c] -> (z_q [..., c], whose gradient goes to z unchanged; loss)."""
+        """z [..., c] -> (z_q [..., c], whose gradient passes to the normalized z; loss)."""
         codes = self.codes(z)
         z_q = self.lookup(codes).float()
         z = self.normalize(z.float())
@@ -194,14 +194,14 @@ class VectorQuantizer(nn.Module):
             self.usage.masked_fill_(dead, 1.0)
 
     def stats(self):
-        """Of the running use: 1 (one code) .. K (all alike)."""
+        """The perplexity of the running use: 1 (one code) .. K (all alike)."""
         share = self.usage / self.usage.sum()
         return {"perplexity": torch.exp(-(share * share.clamp_min(1e-12).log()).sum())}
 
 
 class VQGAN(nn.Module):
     """Images <-> codes int64 [B, L] in raster order."""
-    fine_tuned = True       # as after stage 2, its decoder was trained on pixels
+    fine_tuned = True       # its decoder was trained on pixels, as a tokenizer's after stage 2
 
     def __init__(self, config):
         super().__init__()
@@ -232,7 +232,7 @@ class VQGAN(nn.Module):
 
 
 def load_vqgan(path, device="cpu"):
-    """The trained one at path, frozen and in eval mode."""
+    """A trained VQGAN, frozen and in eval mode."""
     make = "python vqgan.py, or take the public weights: python -m extras.pretrained vqgan FILE"
     checkpoint = trainer.load_checkpoint(path, "vqgan", make)
     model = trainer.load_model(VQGAN, VQGANConfig, checkpoint, path)
@@ -244,7 +244,7 @@ def load_vqgan(path, device="cpu"):
 class SmallPerceptual(nn.Module):
     """The toy's perceptual network, trained to classify the training split. The report has another
     one: no score may come from a network that was trained against. It sees brightness only: with
-    three channels, trained on grey images, it let stage 2 turn pink."""
+    three channels, trained on grey images, it let stage 2 color them."""
     def __init__(self, classes):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, size, stride=2, padding=size // 2)
@@ -377,27 +377,6 @@ class FeatureDiscriminator(nn.Module):
         return torch.cat([head(x).flatten(1) for head, x in pairs], dim=1)  # [B, all cells]
 
 
-class LeCam(nn.Module):
-    """Mean real and fake logits stay near each other's running mean (2104.03310)."""
-    def __init__(self, decay=0.999):
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("real", torch.zeros(()))
-        self.register_buffer("fake", torch.zeros(()))
-
-    def forward(self, real, fake):
-        real, fake = real.float().mean(), fake.float().mean()
-        loss = F.relu(real - self.fake).square() + F.relu(self.real - fake).square()
-        with torch.no_grad():
-            self.real.lerp_(real, 1 - self.decay)
-            self.fake.lerp_(fake, 1 - self.decay)
-        return loss
-
-
-def hinge_loss(real, fake):
-    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-
-
 def perceptual_network(kind, dataset, out, weights, device):
     if kind == "small":
         return small_perceptual(dataset, Path(out) / "perceptual.pt", device)
@@ -411,26 +390,21 @@ def perceptual_network(kind, dataset, out, weights, device):
 
 # ---- Training
 
-def open_images(args, image_size):
-    """The training set, and 16 images [16, 3, H, W] for the preview pictures."""
-    train_set = data.open_dataset(args.data, "train", image_size, augment=True, draft=True)
-    val_set = data.open_dataset(args.data, "val", image_size)
-    return train_set, next(data.all_images(val_set, 16))[0].to(args.device)
-
-
-def preview_if_due(run, step, model, originals):
-    """Originals over reconstructions."""
+def preview_if_due(run, step, model, dataset):
+    """A picture of 16 images over their reconstructions."""
     if run.preview_due(step):
-        both = torch.cat([originals, model.decode_codes(model.encode(originals))])
+        images = next(data.all_images(dataset, 16))[0].to(run.device)   # [16, 3, H, W]
+        both = torch.cat([images, model.decode_codes(model.encode(images))])
         path = run.path.with_name(f"{run.path.stem}_preview.png")
-        data.save_picture(data.picture_grid(both, len(originals), scale=2), path)
+        data.save_picture(data.picture_grid(both, len(images), scale=2), path)
 
 
 def train(args):
     """All of the VQGAN; the perceptual network is frozen."""
     config = trainer.override(PRESETS[args.config], args)
     training = trainer.override(TRAINING[args.config], args)
-    train_set, originals = open_images(args, config.image_size)
+    train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
+    val_set = data.open_dataset(args.data, "val", config.image_size, draft=True)  # for previews
     run = trainer.Run(args, "vqgan", "vqgan", config, training, train_set)
 
     model = VQGAN(config).to(run.device, memory_format=torch.channels_last)
@@ -461,7 +435,7 @@ def train(args):
         model.quantize.update_usage(config.revive_below if step < 0.8 * training.steps else 0.0)
         ema.update(model)
         run.log(step, grad_norm=grad_norm, **model.quantize.stats())
-        preview_if_due(run, step, ema.model, originals)
+        preview_if_due(run, step, ema.model, val_set)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 

@@ -97,7 +97,7 @@ def sampled_fd(bench, dvae, content, maps):
     return fd(bench, torch.cat(bench.in_threads(one, batches)))
 
 
-def picture(bench, dvae, path):
+def picture(bench, dvae):
     """Test images, their entropy, their maps, and what is decoded from their codes."""
     images = bench.examples().cpu()
     entropies = dvae.complexity(images)  # [10, G, G]
@@ -105,7 +105,7 @@ def picture(bench, dvae, path):
     z, grain_map = dvae.encode(images)
     rows = [("image", images), ("entropy", grey), ("grain map", d2it.map_pictures(grain_map, 32)),
             ("decoded", dvae.decode(z, grain_map).clamp(0, 1))]
-    data.save_picture(picture_of(rows, 2), path)
+    data.save_picture(picture_of(rows, 2), bench.out / "d2it_maps.png")
 
 
 def measure(args, bench):
@@ -131,7 +131,7 @@ def measure(args, bench):
                         for model, its_maps in zip(load[kind], which.expand_as(drawn))]
     some_images, some_labels = next(data.all_images(bench.train, 32))
     encoded = dvae.encode(some_images)      # a DiT does not read the map
-    picture(bench, dvae, args.out / "d2it_maps.png")
+    picture(bench, dvae)
     return {"seeds": args.seeds, "images": len(bench.indices), "samples": len(labels),
             "rate_distortion": rate_distortion(bench, dvae), "fd": scores,
             "grain_bits": [grain_bits(grain, maps, bench.labels) for grain in load["d2it_grain"]],

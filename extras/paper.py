@@ -4,7 +4,6 @@
     make table3a SEEDS=5                # or another of NAMES below
     make evidence SEEDS=5               # the claims, tested with longer training
     python -m extras.paper evidence     # its tables and figure, from assets/paper/seed*.json alone
-    python -m extras.paper normal       # what is normal, from the logs beside these files
 
 Reads seed0, seed1, ... in --out; writes NAME.md, .json and .png there, and paper.md.
 Letters: B batch, H W pixels, L tokens, K codes in a codebook, n images or draws.
@@ -441,22 +440,9 @@ def evidence(args):
     data.save_picture(picture, args.numbers.parent / "evidence.png")
 
 
-def normal(args):
-    """Print three lines of each log in --numbers, or in a folder of trained models."""
-    keys = "loss", "cross_entropy", "perplexity", "accuracy"
-    rows = [["log", "step", *keys, "PSNR of the mean L2"]]
-    for path in sorted(args.numbers.glob("*.jsonl")):
-        lines = trainer.read_log(path)
-        for line in (lines[0], lines[len(lines) // 2], lines[-1]):
-            psnr = f"{-10 * math.log10(line['l2']):.2f}" if "l2" in line else ""
-            rows.append([path.stem, f"{line['step']:,}",
-                         *(f"{line[key]:.3g}" if key in line else "" for key in keys), psnr])
-    print(markdown(rows))
-
-
 def main():
     parser = trainer.command_line(__doc__, prog="-m extras.paper")
-    commands = {"seed": score_seed, "evidence": evidence, "normal": normal}     # of the study
+    commands = {"seed": score_seed, "evidence": evidence}       # of the study
     add = parser.add_argument
     add("what", choices=(*NAMES, "paper", *commands))
     add("--seeds", type=int, help="how many; default: all")

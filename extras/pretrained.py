@@ -4,16 +4,10 @@
     python -m extras.pretrained titok FILE a.png b.jpg  # TiTok: original, reconstruction, codes
     python -m extras.pretrained half FILE --out FOLDER  # averaged weights of a run, to give away
 
-| file | published at | read by |
-|---|---|---|
-| maskgit-vqgan-imagenet-f16-256.bin | Hugging Face, fun-research/TiTok | load_maskgit_vqgan |
-| tokenizer_titok_l32_imagenet, _b64_, _s128_ | Hugging Face, yucornetto | load_titok |
-| generator_titok_s128_imagenet | Hugging Face, yucornetto | load_titok_maskgit |
-| c2i_B_256.pt, c2i_L_256.pt | Hugging Face, FoundationVision/LlamaGen | load_llamagen |
-| convnext_small-0c510722.pth | torchvision | vqgan.ConvNeXtSmall |
+docs/full_size.md says where the files are published. Models come in eval mode, without gradients.
+Tests compare each network with the official code's outputs on seeded random weights; the published
+files themselves have not been loaded.
 
-Models come in eval mode, without gradients. Tests compare each network with the official code's
-outputs on seeded random weights; the published files themselves have not been loaded.
 Letters: B batch, H W pixels, L tokens, D width, c length of a code vector, K codes.
 """
 from dataclasses import asdict, replace
@@ -143,6 +137,8 @@ def main():
     args = parser.parse_args()
     out = args.out or Path("out", args.config)
     if args.what == "titok":
+        if not args.images:
+            raise BadInput("titok: name one image or more after the weights")
         reconstruct(load_titok(args.file), args.images, out / "reconstruct.png")
         return print(f"{out}/reconstruct.png: originals beside reconstructions")
     path = out / ("vqgan.pt" if args.what == "vqgan" else Path(args.file).name)

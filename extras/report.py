@@ -382,17 +382,17 @@ def machine(device):
 
 def report(args, bench, files, seed):
     """Measure, write report.html, scores.json, curves.json and the pictures, print the table."""
-    started, images = time.perf_counter(), bench.examples()                 # [10, 3, H, W]
+    started = time.perf_counter()
     scores, pictures = measure(bench, files)
     ar, tokenizer = load_pair(files["ar"], files["stage2"], bench.device)
     order, ratio = order_curves(bench, ar, tokenizer), step_ratio(files["stage1"], bench.device)
-    originals, prefixes, tokens = [("original", images)], [], tokenizer.config.tokens
+    originals, prefixes, tokens = pictures["reconstructions"][:1], [], tokenizer.config.tokens
     titok = args.out / f"titok_{tokens}_stage2.pt"
     models = {"NativeTok": tokenizer}
     if titok.exists():
         models["TiTok"] = open_tokenizer(titok, bench.device)
     for name, model in models.items():
-        codes = model.encode(images)                                        # [10, L]
+        codes = model.encode(originals[0][1])                               # [10, L]
         prefixes += [(f"{name}, {k} of {tokens}", model.decode_codes(codes[:, :k]))
                      for k in range(tokens + 1)]
     powers = [prefixes[2 ** i] for i in range(tokens.bit_length())]     # 1, 2, 4, ... codes
