@@ -181,8 +181,8 @@ class InceptionFID(nn.Module):
         x = self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", padding=0)
         x = halve(x)                                                        # [B, 192, 35, 35]
         for letter in "bcd":
-            x = self.mixed(x, f"Mixed_5{letter}", branch5x5=2, branch3x3dbl=3)
-        x = torch.cat([self.conv(x, "Mixed_6a.branch3x3", **half),          # [B, 288, 35, 35]
+            x = self.mixed(x, f"Mixed_5{letter}", branch5x5=2, branch3x3dbl=3)  # [B, 288, 35, 35]
+        x = torch.cat([self.conv(x, "Mixed_6a.branch3x3", **half),
                        self.chain(x, "Mixed_6a.branch3x3dbl", 3, **half), halve(x)], 1)
         for letter in "bcde":
             x = self.mixed(x, f"Mixed_6{letter}", branch7x7=3, branch7x7dbl=5)  # [B, 768, 17, 17]
@@ -326,8 +326,8 @@ def features_of(pictures, inception, device, copy=None):
 
 
 def compare(real, fake, x, y):
-    """{score: value} of two Pictures and their features; without features FID alone. It takes
-    ready-made statistics where there are some."""
+    """{score: value} of two Pictures: FID, of ready-made statistics where there are some; with
+    features of the second the Inception Scores, with both features the others, too."""
     gaussians = [pictures.statistics or feature_statistics(features["pool"])
                  for pictures, features in ((real, x), (fake, y))]
     scores = {"FID": frechet_distance(*gaussians[0], *gaussians[1])}

@@ -88,7 +88,8 @@ def train(args):
     suffix = "" if args.strategy == "reuse+finetune" else f"_{args.strategy}"
     grown = grow(source.state_dict(), reused, tokens)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
-    val_set = data.open_dataset(args.data, "val", config.image_size, draft=True)  # for previews
+    val_set = data.open_dataset(args.data, "val", config.image_size)
+    originals, _ = next(data.all_images(val_set, 16))  # for previews, [16, 3, H, W]
     run = trainer.Run(args, "tokenizer", f"nativetok_{tokens}{suffix}", config, training, train_set,
                       reused=reused, frozen_steps=frozen_steps, vqgan=trainer.fingerprint(teacher),
                       source=trainer.fingerprint(source))
@@ -129,7 +130,7 @@ def train(args):
         model.quantizer.update_usage()  # without revival, which would change the old tokens
         ema.update(model)
         run.log(step, grad_norm=grad_norm, frozen=float(frozen), **model.quantizer.stats())
-        vqgan.preview_if_due(run, step, ema.model, val_set)
+        vqgan.preview_if_due(run, step, ema.model, originals)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 

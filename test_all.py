@@ -665,6 +665,7 @@ def test_ctrl_c_saves_first_and_two_runs_in_one_folder(toy, tmp_path, name, word
         process.join(60)
     step, said = load(checkpoint)["step"], (tmp_path / "err").read_text()
     assert process.exitcode == 130 and f"holds step {step} of 9000" in said, said
+    assert said.startswith("stopping; saves first. ")
     said = run(f"{command} --steps {step + 1} --resume")
     assert load(checkpoint)["step"] == step + 1
     assert f"resumed at step {step} of {step + 1}" in said.splitlines()[0], said
@@ -880,14 +881,15 @@ def test_what_is_set_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     assert cuda.cudnn_sdp_enabled() and not (cuda.matmul.allow_tf32 or cudnn.benchmark)
     try:
         assert trainer.choose_device() == torch.device("cuda:0") and not cuda.cudnn_sdp_enabled()
         assert cuda.matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark
         assert settings == ["expandable_segments:True"]
-        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "garbage_collection_threshold:0.8")
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.8")
         trainer.choose_device()
         assert len(settings) == 1       # the user's own stand
     finally:
@@ -2171,11 +2173,12 @@ def test_d2it_report(toy, tmp_path, monkeypatch, said_by):
     numbers = json.loads((out / "d2it.json").read_text())
     rates = numbers["rate_distortion"]
     assert [rates[name]["codes"] for name in ("coarse", "fine")] == [16, 64]
-    assert rates["entropy"]["codes"] == rates["evenly"]["codes"] == pytest.approx(40, abs=8)
+    assert rates["entropy"]["codes"] == pytest.approx(40, abs=8)
     low, high = sorted(rates[name]["mse"] for name in ("coarse", "fine"))
     assert low < rates["evenly"]["mse"] < high      # on the line between them
     assert {*numbers["fd"]} == {"random", "true", "generated", "dit_2", "dit_1"}
-    assert all(len(row) == 1 and row[0] > 0 for row in numbers["fd"].values())
+    assert numbers["fd"]["random"] != numbers["fd"]["true"]
+    assert numbers["fd"]["dit_1"] == numbers["fd"]["dit_2"]         # untrained, they predict 0
     flops = {name: row["mflop_per_image"] for name, row in numbers["compute"].items()}
     assert 2 < flops["dit_1"] / flops["dit_2"] < 5     # 64 tokens and 16
     rough, corrected = numbers["noise_mse"][0]["fine"]

@@ -423,7 +423,8 @@ def train_stage1(args, config):
     teacher = vqgan.load_vqgan(args.out / "vqgan.pt", args.device)  # frozen
     config = replace(config, vqgan=teacher.config)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
-    val_set = data.open_dataset(args.data, "val", config.image_size, draft=True)  # for previews
+    val_set = data.open_dataset(args.data, "val", config.image_size)
+    originals, _ = next(data.all_images(val_set, 16))  # for previews, [16, 3, H, W]
     run = trainer.Run(args, "tokenizer", f"{config.model}_{config.tokens}", config, training,
                       train_set, vqgan=trainer.fingerprint(teacher))
 
@@ -454,7 +455,7 @@ def train_stage1(args, config):
         model.quantizer.update_usage(revive_below)
         ema.update(model)
         run.log(step, grad_norm=grad_norm, **model.quantizer.stats())
-        vqgan.preview_if_due(run, step, ema.model, val_set)
+        vqgan.preview_if_due(run, step, ema.model, originals)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 
@@ -540,7 +541,8 @@ def train_stage2(args):
     if losses.discriminator == "features" and losses.perceptual != "small":
         raise BadInput("--discriminator features: needs --perceptual small. Or give patch")
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
-    val_set = data.open_dataset(args.data, "val", config.image_size, draft=True)  # for previews
+    val_set = data.open_dataset(args.data, "val", config.image_size)
+    originals, _ = next(data.all_images(val_set, 16))  # for previews, [16, 3, H, W]
     run = trainer.Run(args, "tokenizer", f"{Path(source).stem}_stage2", config, training, train_set,
                       losses=asdict(losses), source=trainer.fingerprint(model))
     perceptual = vqgan.perceptual_network(losses.perceptual, train_set, args.out, args.convnext,
@@ -600,7 +602,7 @@ def train_stage2(args):
             discriminator_optimizer.step()
         ema.update(model)
         run.log(step, grad_norm=grad_norm)
-        vqgan.preview_if_due(run, step, ema.model, val_set)
+        vqgan.preview_if_due(run, step, ema.model, originals)
         run.save_if_due(step, **saved)
 
 
@@ -625,7 +627,8 @@ def main():
         help="1: predict codes; 2: fine-tune the decoders; -h for each")
     if stage2:
         add("--tokens", type=int, help="L: of the NativeTok in --out")
-        add("--checkpoint", metavar="FILE", type=Path, help="the tokenizer, instead of --tokens")
+        add("--checkpoint", metavar="FILE", type=Path,
+            help="the tokenizer, instead of --tokens; the result's name is this and _stage2")
         add("--convnext", metavar="FILE", default="weights/convnext_small.pth",
             help="torchvision's convnext_small, for --perceptual convnext")
         return train_stage2(trainer.parse(parser))

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -36,17 +37,18 @@ def launch(main):
     """Run main(). BadInput ends in one line and exit code 2, Ctrl-C in one line and code 130."""
     try:
         main()
-    except SystemExit:
-        raise
-    except BaseException as error:
-        code = {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        if code == 1:
-            traceback.print_exc()
-        else:       # of a worker's error, whose text holds a traceback, the last line
-            line = (str(error).strip() or "interrupted").splitlines()[-1]
+    except (BadInput, KeyboardInterrupt) as error:
+        # a worker's error comes with its traceback: the last line
+        line = (str(error).strip() or "interrupted").splitlines()[-1]
+        with suppress(OSError):     # a pipe or terminal may be closed
             print(f"{sys.argv[0]}: {line.removeprefix('trainer.BadInput: ')}", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(code)      # waits for no other rank, and for no worker, which would not end
+        os._exit(2 if isinstance(error, BadInput) else 130)     # waits for no other rank
+    except Exception:
+        if not multiprocessing.active_children():
+            raise
+        with suppress(OSError):
+            traceback.print_exc()
+        os._exit(1)     # workers ignore SIGTERM: Python would wait for them forever
     if dist.is_initialized():
         patient_group.cache_clear()     # else its threads would outlive it, and may abort at exit
         dist.destroy_process_group()
@@ -553,11 +555,12 @@ class Run:
             print(line, flush=True)
 
     def _ask_to_stop(self, number, frame):
-        if self.main and not self.stop_asked:
-            os.write(2, b"saves at the end of the step; another Ctrl-C, after 2 s, does not save\n")
-        # torchrun passes on a Ctrl-C that its ranks have got already: hence the 2 s
+        # torchrun passes on a Ctrl-C that its ranks have got already: a second counts after 2 s
         if self.stop_asked and time.monotonic() > self.stop_asked + 2:
             raise KeyboardInterrupt(f"left at once; the last checkpoint is {self.path}")
+        if self.main and not self.stop_asked:
+            with suppress(OSError):     # a pipe or terminal may be closed
+                os.write(2, b"stopping; saves first. A second Ctrl-C, after 2 s, does not save\n")
         self.stop_asked = self.stop_asked or time.monotonic()
 
     def _stop_if_not_finite(self, values):

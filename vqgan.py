@@ -390,10 +390,10 @@ def perceptual_network(kind, dataset, out, weights, device):
 
 # ---- Training
 
-def preview_if_due(run, step, model, dataset):
-    """A picture of 16 images over their reconstructions."""
+def preview_if_due(run, step, model, originals):
+    """A picture of original images over their reconstructions."""
     if run.preview_due(step):
-        images = next(data.all_images(dataset, 16))[0].to(run.device)   # [16, 3, H, W]
+        images = originals.to(run.device)
         both = torch.cat([images, model.decode_codes(model.encode(images))])
         path = run.path.with_name(f"{run.path.stem}_preview.png")
         data.save_picture(data.picture_grid(both, len(images), scale=2), path)
@@ -404,7 +404,8 @@ def train(args):
     config = trainer.override(PRESETS[args.config], args)
     training = trainer.override(TRAINING[args.config], args)
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
-    val_set = data.open_dataset(args.data, "val", config.image_size, draft=True)  # for previews
+    val_set = data.open_dataset(args.data, "val", config.image_size)
+    originals, _ = next(data.all_images(val_set, 16))   # for previews, [16, 3, H, W]
     run = trainer.Run(args, "vqgan", "vqgan", config, training, train_set)
 
     model = VQGAN(config).to(run.device, memory_format=torch.channels_last)
@@ -435,7 +436,7 @@ def train(args):
         model.quantize.update_usage(config.revive_below if step < 0.8 * training.steps else 0.0)
         ema.update(model)
         run.log(step, grad_norm=grad_norm, **model.quantize.stats())
-        preview_if_due(run, step, ema.model, val_set)
+        preview_if_due(run, step, ema.model, originals)
         run.save_if_due(step, model=model, ema=ema, optimizer=optimizer)
 
 
