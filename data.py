@@ -323,7 +323,7 @@ def read(dataset, rows, workers):
 
 def batches(dataset, batch_size, seed, step=0, rank=0, world=1, accumulate=1, workers=0):
     """The micro-batches of row_order: (images uint8 [b, 3, H, W], labels int64 [b]), for
-    trainer.to_device."""
+    trainer.to_device, which makes images float32 in [0, 1]."""
     order = row_order(len(dataset), batch_size, seed, step, rank, world, accumulate)
     return read(dataset, ((*row, seed) for row in order), workers)
 

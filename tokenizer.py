@@ -394,7 +394,8 @@ TRAINING = {  # by --config and stage
 # ---- Stage 1: predict the VQGAN's codes
 
 class Stage1Loss(nn.Module):
-    """The loss as a module, so that DistributedDataParallel can wrap it."""
+    """Cross-entropy and the quantizer's losses (codebook, commitment; straight-through gradient). A
+    module, so that DistributedDataParallel can wrap it."""
     def __init__(self, model):
         super().__init__()
         self.model = model
