@@ -513,7 +513,7 @@ def test_maskgit_vqgan_and_convnext_golden():
     close(model.encoder(images)[0], want["z"], 2e-5)
     assert torch.equal(model.encode(images), codes.flatten(1))
     close(model.decoder(model.quantize.lookup(codes).movedim(-1, 1))[0], want["decoded"], 2e-4)
-    model = vqgan.ConvNeXtSmall(rule_weights("convnext_s"))
+    model = pretrained.ConvNeXtSmall(rule_weights("convnext_s"))
     want = golden_tensors("convnext_s")
     images = want["images"]
     close(model(images), want["logits"], 1e-4)

@@ -18,6 +18,7 @@ import trainer
 import vqgan
 from tokenizer import TiTok, TokenizerConfig, reconstruct
 from trainer import BadInput
+from vqgan import ConvNeXtSmall  # noqa: F401, public weights, too
 
 
 def layers_of(state, prefix):
