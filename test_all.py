@@ -57,7 +57,7 @@ ROOT = Path(__file__).resolve().parent
 GOLDEN = ROOT / "assets" / "golden"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 SLOW = ["torch._dynamo", "torch.utils.data", "torch.utils.flop_counter", "scipy.linalg", "tqdm",
-        "PIL.ImageOps", "PIL.ImageFont", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+        "PIL.ImageOps", "PIL.ImageFont"]
 
 
 @functools.cache
