@@ -201,8 +201,7 @@ class Folder(Images):
 def list_images(folder, by_class=True):
     """([(class, relative name, size, time of change in ns)], sorted; what is left out, in words).
     by_class: images beside the folders of classes are left out; without such folders the class of
-    all is `images`.
-    Hidden files and folders are never listed."""
+    all is `images`. Hidden files and folders are never listed."""
     found, left_out, visited = [], Counter(), set()
     ends = tuple(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
     for root, inner, names in os.walk(folder, followlinks=True):

@@ -883,7 +883,8 @@ def test_what_is_set_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     assert cuda.cudnn_sdp_enabled() and not (cuda.matmul.allow_tf32 or cudnn.benchmark)
@@ -891,9 +892,10 @@ def test_what_is_set_on_a_gpu(monkeypatch):
         assert trainer.choose_device() == torch.device("cuda:0") and not cuda.cudnn_sdp_enabled()
         assert cuda.matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark
         assert settings == ["expandable_segments:True"]
-        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.8")
-        trainer.choose_device()
-        assert len(settings) == 1       # the user's own stand
+        for name in names:
+            with mock.patch.dict(os.environ, {name: "garbage_collection_threshold:0.8"}):
+                trainer.choose_device()
+            assert len(settings) == 1       # the user's own stand
     finally:
         cuda.matmul.allow_tf32 = cudnn.benchmark = False
         cuda.enable_cudnn_sdp(True)
@@ -1619,8 +1621,8 @@ def test_fid_refuses(fid_of, fid_folder, tmp_path):
     for words, says in (("fid a", "required: B"), ("rfid x.pt --size 5", "unrecognized"),
                         ("fid a b --images 5", "unrecognized arguments: --images 5"),
                         ("gfid x.pt --reference a --images 5", "not allowed with"),
-                        (f"fid {fid_folder}/a {fid_folder}/b --inception none.pth", "Get pytorch")):
-        refused(f"python evaluate.py {words}", says)
+                        ("fid @/a @/b --inception none.pth", "Get pytorch-fid's pt_")):
+        refused(f"python evaluate.py {words.replace('@', str(fid_folder))}", says)
 
 
 @pytest.mark.filterwarnings("ignore:Matrix is singular")

@@ -165,7 +165,8 @@ def choose_device(asked=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.enable_cudnn_sdp(False)     # it plans for each length: MoCET has L
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():   # the user's own
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # less fragmentation, unless the user has chosen
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return device
 
