@@ -544,7 +544,7 @@ def train_stage2(args):
     train_set = data.open_dataset(args.data, "train", config.image_size, augment=True, draft=True)
     val_set = data.open_dataset(args.data, "val", config.image_size)
     originals, _ = next(data.all_images(val_set, 16))  # for previews, [16, 3, H, W]
-    run = trainer.Run(args, "tokenizer", f"{Path(source).stem}_stage2", config, training, train_set,
+    run = trainer.Run(args, "tokenizer", f"{source.stem}_stage2", config, training, train_set,
                       losses=asdict(losses), source=trainer.fingerprint(model))
     perceptual = vqgan.perceptual_network(losses.perceptual, train_set, args.out, args.convnext,
                                           run.device)
